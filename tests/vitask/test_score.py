@@ -1,0 +1,121 @@
+"""Constrained scoring and generation: one batch or many, one forward per class or one for all."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from vitask.branches import prompt_embeddings, response_hidden
+from vitask.checkpoint import Task, VITask
+from vitask.exemplar import ExemplarConnector
+from vitask.prompts import instruction, response
+from vitask.recipes import POCKET
+from vitask.score import candidate_mask, generate
+from vitask.tsm import TSM, heads
+from vitask.vlm import VLM
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint, tiny_datasets):
+    """Every adapter and connector weight random: LoRA's B starts at zero and would hide faults."""
+    torch.manual_seed(0)
+    vlm = VLM.load(str(tiny_checkpoint))
+    vlm.add_lora(rank=4, alpha=8, dropout=0.0)
+    with torch.no_grad():
+        for name, parameter in vlm.adapter.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.2)
+    specs = [d.spec for d in tiny_datasets.values()]
+    tsm = TSM("test_resnet", heads(specs), 32).eval().requires_grad_(False)
+    connector = ExemplarConnector(tsm.feature_size(), vlm.hidden_size).requires_grad_(False)
+    tasks = {name: Task.of(dataset) for name, dataset in tiny_datasets.items()}
+    return VITask(vlm, POCKET, tasks, tsm=tsm, connector=connector)
+
+
+def images_of(datasets, name):
+    return datasets[name].splits["test"].images
+
+
+@pytest.mark.parametrize("exemplar", [False, True], ids=["without EP", "with EP"])
+@pytest.mark.parametrize("dataset", ["two", "five", "many"])
+def test_one_row_of_all_candidates_equals_one_forward_per_class(
+    model, tiny_datasets, dataset, exemplar
+):
+    tokens = model.image_tokens(images_of(tiny_datasets, dataset)[:3], exemplar=exemplar)
+    task, vlm = model.tasks[dataset], model.vlm
+    prompt = vlm.prompt(instruction(task.spec))
+    expected = np.zeros((3, len(task.candidates.texts)))
+    for column, text in enumerate(task.candidates.texts):
+        ids = vlm.response_ids(response(text))
+        with torch.no_grad():
+            hidden, labels, owner = response_hidden(vlm, [prompt] * 3, tokens, [ids] * 3)
+            log_p = vlm.logits(hidden).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+        expected[:, column] = torch.zeros(3).index_add_(0, owner, log_p).numpy()
+    np.testing.assert_allclose(model.score(dataset, tokens), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("exemplar", [False, True], ids=["without EP", "with EP"])
+def test_batch_1_and_batch_64_score_alike_over_all_datasets(model, tiny_datasets, exemplar):
+    one = VITask(
+        model.vlm,
+        replace(model.recipe, score_batch_size=1),
+        model.tasks,
+        tsm=model.tsm,
+        connector=model.connector,
+    )
+    assert model.recipe.score_batch_size == 64
+    for name in tiny_datasets:
+        tokens = model.image_tokens(images_of(tiny_datasets, name), exemplar=exemplar)
+        many, single = model.score(name, tokens), one.score(name, tokens)
+        np.testing.assert_allclose(many, single, atol=1e-4)
+        assert (many.argmax(-1) == single.argmax(-1)).all()
+        assert model.write(name, tokens) == one.write(name, tokens)
+
+
+def test_scores_are_log_probabilities(model, tiny_datasets):
+    tokens = model.image_tokens(images_of(tiny_datasets, "five"))
+    scores = model.score("five", tokens)
+    assert (scores < 0).all()
+    assert (np.exp(scores).sum(-1) < 1).all()
+    np.testing.assert_allclose(
+        model.predict("five", images_of(tiny_datasets, "five")).sum(-1), 1.0
+    )
+
+
+def test_the_image_and_the_exemplar_change_the_scores(model, tiny_datasets):
+    images = images_of(tiny_datasets, "five")[:2]
+    without = model.score("five", model.image_tokens(images, exemplar=False))
+    with_ep = model.score("five", model.image_tokens(images, exemplar=True))
+    assert np.abs(without[0] - without[1]).max() > 1e-3
+    assert np.abs(without - with_ep).max() > 1e-3
+
+
+def test_candidates_see_the_prompt_and_themselves_only():
+    mask, positions = candidate_mask(3, [2, 1])
+    assert positions.tolist() == [[0, 1, 2, 3, 4, 3]]
+    assert mask.int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 0, 0, 1],
+    ]
+
+
+def test_generation_is_the_arg_max_token_by_token(model, tiny_datasets):
+    tokens = model.image_tokens(images_of(tiny_datasets, "two")[:1], exemplar=True)
+    vlm = model.vlm
+    prompt = vlm.prompt("Name it.")
+    ids: list[int] = []
+    while len(ids) < 5 and vlm.end_of_turn_id not in ids:
+        with torch.no_grad():
+            embeddings, _ = prompt_embeddings(vlm, [prompt], tokens, [ids])
+            ids.append(int(vlm.logits(vlm.hidden(embeddings)[0, -1:]).argmax()))
+    assert generate(vlm, prompt, tokens, max_new_tokens=5) == [vlm.decode(ids)]
+
+
+def test_an_unknown_dataset_is_named(model, tiny_datasets):
+    with pytest.raises(ValueError, match=r"no dataset 'six'.*two, five, many"):
+        model.predict("six", images_of(tiny_datasets, "two"))

@@ -1,0 +1,300 @@
+"""Tuning: what trains, what stays frozen, when, and that one seed gives one result."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from vitask.branches import Samples, three_forwards
+from vitask.checkpoint import VITask
+from vitask.features import Features
+from vitask.objective import Weights, joint_loss, stage_weights
+from vitask.recipes import POCKET, vanilla
+from vitask.selfcheck import check_image_sensitivity
+from vitask.train import TrainingSet, tune
+from vitask.tsm import TSM, heads, train_tsm
+from vitask.vlm import VLM
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_checkpoint):
+    return replace(
+        POCKET,
+        name="tiny",
+        vlm=str(tiny_checkpoint),
+        tsm="test_resnet",
+        tsm_epochs=2,
+        lora_rank=2,
+        stage1_epochs=1,
+        stage2_epochs=1,
+        learning_rate=1e-3,
+    )
+
+
+@pytest.fixture(scope="module")
+def tsm(tiny_datasets):
+    torch.manual_seed(0)
+    specs = [d.spec for d in tiny_datasets.values()]
+    return TSM("test_resnet", heads(specs), 32).eval().requires_grad_(False)
+
+
+def run(recipe, datasets, tsm, seed=0):
+    vlm = VLM.load(recipe.vlm)
+    kind = "cls" if recipe.variant == "cls" else "all"
+    return tune(
+        vlm,
+        datasets,
+        recipe,
+        seed,
+        image=Features(datasets, vlm.image_features),
+        tsm=tsm if recipe.exemplar else None,
+        exemplar=Features(datasets, partial(tsm.features, kind=kind)) if recipe.exemplar else None,
+    )
+
+
+@pytest.fixture(scope="module")
+def tuned(recipe, tiny_datasets, tsm):
+    return run(recipe, tiny_datasets, tsm)
+
+
+def scores(model, datasets):
+    return {
+        (name, exemplar): model.score(
+            name, model.image_tokens(d.splits["test"].images, exemplar=exemplar)
+        )
+        for name, d in datasets.items()
+        for exemplar in ((False, True) if model.connector is not None else (False,))
+    }
+
+
+def test_every_loss_is_logged_and_crt_enters_in_stage_2(tuned):
+    _, log = tuned
+    first, second = log.losses
+    assert all(np.isfinite(list(losses.values())).all() for losses in log.losses)
+    assert first["crt"] == 0
+    assert second["crt"] > 0
+    assert min(first["response"], first["exemplar"], first["rda"]) > 0
+    assert first["total"] == pytest.approx(first["response"] + first["exemplar"] + first["rda"])
+    assert second["total"] == pytest.approx(
+        second["response"] + second["exemplar"] + second["rda"] + second["crt"]
+    )
+
+
+def test_validation_curves_are_kept_and_the_best_epoch_chosen(tuned):
+    _, log = tuned
+    means = [np.mean([mode["mean"] for mode in epoch.values()]) for epoch in log.validation]
+    assert log.chosen == 1 + int(np.argmax(means))
+    assert set(log.validation[0]) == {"without", "with"}
+    assert set(log.validation[0]["with"]) == {"two", "five", "many", "mean"}
+
+
+def test_one_seed_one_result(recipe, tiny_datasets, tsm, tuned):
+    again, log = run(recipe, tiny_datasets, tsm)
+    assert log == tuned[1]
+    for key, value in scores(tuned[0], tiny_datasets).items():
+        assert (scores(again, tiny_datasets)[key] == value).all()
+    other, _ = run(recipe, tiny_datasets, tsm, seed=1)
+    assert any(
+        (scores(other, tiny_datasets)[key] != value).any()
+        for key, value in scores(tuned[0], tiny_datasets).items()
+    )
+
+
+def test_only_adapters_and_connector_change(recipe, tiny_datasets, tsm, tuned):
+    before = VLM.load(recipe.vlm).model.state_dict()
+    after = tuned[0].vlm.model.state_dict()
+    for name, value in before.items():
+        place = name if name in after else name.replace(".weight", ".base_layer.weight")
+        place = place if place in after else name.replace(".bias", ".base_layer.bias")
+        assert torch.equal(after[place], value), name
+    lora = [v for k, v in after.items() if "lora_B" in k]
+    assert lora
+    assert all(v.abs().sum() > 0 for v in lora)
+
+
+def test_the_connector_stops_training_at_stage_2(recipe, tiny_datasets, tsm):
+    def connector(stage2_epochs):
+        # One schedule spans both stages: the same warm-up and cosine needs the same epochs.
+        both = replace(recipe, stage1_epochs=2 - stage2_epochs, stage2_epochs=stage2_epochs)
+        seen = []
+
+        def watch(what, epoch, epochs):
+            seen.append(
+                {k: v.detach().clone() for k, v in model_parts["connector"].state_dict().items()}
+            )
+
+        model_parts = {}
+        import vitask.train as module
+
+        original = module.ExemplarConnector
+
+        def remember(*args):
+            model_parts["connector"] = original(*args)
+            return model_parts["connector"]
+
+        module.ExemplarConnector = remember
+        try:
+            vlm = VLM.load(recipe.vlm)
+            tune(
+                vlm,
+                tiny_datasets,
+                both,
+                0,
+                image=Features(tiny_datasets, vlm.image_features),
+                tsm=tsm,
+                exemplar=Features(tiny_datasets, tsm.features),
+                on_epoch=watch,
+            )
+        finally:
+            module.ExemplarConnector = original
+        return seen
+
+    frozen, moving = connector(1), connector(0)
+    assert all(torch.equal(frozen[0][k], frozen[1][k]) for k in frozen[0])
+    assert any(not torch.equal(moving[0][k], moving[1][k]) for k in moving[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"variant": "all"}, {"variant": "rep"}, {"detach_exemplar": False}, {"crt_weight": 0.0}],
+    ids=str,
+)
+def test_every_variant_tunes_and_scores(recipe, tiny_datasets, tsm, change):
+    model, log = run(replace(recipe, **change), tiny_datasets, tsm)
+    assert len(log.losses) == 2
+    assert all(np.isfinite(value).all() for value in scores(model, tiny_datasets).values())
+
+
+def test_vanilla_sees_the_same_batches_and_has_no_exemplar(recipe, tiny_datasets, tsm, tuned):
+    model, log = run(vanilla(recipe), tiny_datasets, tsm)
+    assert model.connector is None
+    assert log.without_negative == tuned[1].without_negative
+    assert {name for epoch in log.losses for name, v in epoch.items() if v} == {"total", "response"}
+
+
+def test_saved_and_loaded_scores_are_bit_equal(tuned, tiny_datasets, tmp_path):
+    model, _ = tuned
+    model.save_pretrained(tmp_path / "checkpoint")
+    loaded = VITask.from_pretrained(tmp_path / "checkpoint")
+    assert loaded.recipe == model.recipe
+    for key, value in scores(model, tiny_datasets).items():
+        assert (scores(loaded, tiny_datasets)[key] == value).all()
+    kinds = {path.suffix for path in (tmp_path / "checkpoint").rglob("*") if path.is_file()}
+    assert kinds <= {".safetensors", ".json", ".jinja", ".md", ".txt"}
+
+
+def test_a_folder_without_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no checkpoint at .*vitask\.json"):
+        VITask.from_pretrained(tmp_path)
+
+
+def test_plug_uses_the_other_tsm_through_the_same_connector(tuned, tiny_datasets):
+    model, _ = tuned
+    torch.manual_seed(5)
+    other = TSM("test_resnet", model.tsm.spans, 32).eval()
+    plugged = model.plug(other)
+    images = tiny_datasets["two"].splits["test"].images
+    assert plugged.connector is model.connector
+    assert (plugged.predict("two", images) != model.predict("two", images)).any()
+    same = plugged.predict("two", images, exemplar=False)
+    assert (same == model.predict("two", images, exemplar=False)).all()
+    with pytest.raises(ValueError, match="width 64"):
+        model.plug(TSM("test_vit", model.tsm.spans, 32))
+
+
+@pytest.fixture
+def rows(recipe, tiny_datasets, tsm):
+    """The three branches of one batch, adapters and connector random."""
+    torch.manual_seed(0)
+    from vitask.exemplar import ExemplarConnector
+
+    vlm = VLM.load(recipe.vlm)
+    vlm.add_lora(rank=2, alpha=4, dropout=0.0)
+    with torch.no_grad():
+        for name, parameter in vlm.adapter.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.2)
+    connector = ExemplarConnector(tsm.feature_size(), vlm.hidden_size)
+    data = TrainingSet.of(
+        vlm,
+        tiny_datasets,
+        Features(tiny_datasets, vlm.image_features),
+        Features(tiny_datasets, tsm.features),
+    )
+    at = [0, 1, 2, 31, 32]
+    samples = Samples(
+        prompts=[data.prompts[data.instruction[i]] for i in at],
+        responses=[data.responses[data.response[i]] for i in at],
+        image=data.image[at],
+        exemplar=data.exemplar[at],
+        negative=torch.tensor([1, -1, 0, 4, -1]),
+    )
+    return vlm, connector, samples
+
+
+def test_negative_branch_is_the_same_response_after_the_other_image(rows):
+    vlm, connector, samples = rows
+    with torch.no_grad():
+        done = three_forwards(vlm, connector, samples, "cls")
+        swapped = samples._replace(image=samples.image[[1, 1, 0, 4, 4]], negative=None)
+        expected = three_forwards(vlm, None, swapped, "cls").hidden
+    torch.testing.assert_close(done.negative_hidden, expected[done.negative_rows])
+    counts = [len(r) if n >= 0 else 0 for r, n in zip(samples.responses, samples.negative, strict=True)]
+    assert len(done.negative_rows) == sum(counts)
+
+
+def test_the_exemplar_branch_differs_and_the_base_branch_does_not_see_it(rows):
+    vlm, connector, samples = rows
+    with torch.no_grad():
+        done = three_forwards(vlm, connector, samples, "cls")
+        alone = three_forwards(vlm, None, samples._replace(exemplar=None), "cls")
+    assert torch.equal(done.hidden, alone.hidden)
+    assert (done.exemplar_hidden - done.hidden).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("weights", "detach", "reached"),
+    [
+        (Weights(rda=1.0, crt=0.0), True, False),
+        (Weights(rda=1.0, crt=0.0), False, True),
+    ],
+    ids=["RDA", "RDA*"],
+)
+def test_rda_reaches_the_connector_only_without_detach(rows, weights, detach, reached):
+    vlm, connector, samples = rows
+    done = three_forwards(vlm, connector, samples, "cls")
+    losses = joint_loss(vlm, done, weights, detach_exemplar=detach)
+    only_ep = joint_loss(vlm, done, Weights(0.0, 0.0), detach_exemplar=detach)
+    gradients = [
+        torch.autograd.grad(total, connector.linear_2.weight, retain_graph=True)[0]
+        for total in (losses.total, only_ep.total)
+    ]
+    assert (not torch.allclose(*gradients)) is reached
+
+
+def test_stages_differ_by_crt_alone():
+    assert stage_weights(POCKET, 1) == Weights(rda=1.0, crt=0.0)
+    assert stage_weights(POCKET, 2) == Weights(rda=1.0, crt=1.0)
+
+
+def test_tsm_learns_and_one_seed_gives_one_model(recipe, tiny_datasets):
+    long = replace(recipe, tsm_epochs=8, tsm_learning_rate=3e-3)
+    one, curve = train_tsm(tiny_datasets, long, 0)
+    two, again = train_tsm(tiny_datasets, long, 0)
+    assert curve == again
+    assert len(curve) == 8
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_self_check_passes_on_images_and_stops_on_a_model_that_ignores_them(tuned, tiny_datasets):
+    model, _ = tuned
+    image = Features(tiny_datasets, model.vlm.image_features)
+    ratios = check_image_sensitivity(model, tiny_datasets, image)
+    assert min(ratios.values()) >= 100
+    blind = Features(tiny_datasets, lambda images: model.vlm.image_features(images) * 0)
+    with pytest.raises(RuntimeError, match="image"):
+        check_image_sensitivity(model, tiny_datasets, blind)

@@ -1,0 +1,1 @@
+"""VITask: task-specific visual instruction tuning of vision language models."""

@@ -1,0 +1,121 @@
+"""The plain three forwards of a VITask step: base, exemplar and negative branch, one row each.
+
+The reference that everything faster is held against, and the way for what changes the prefix
+itself (`rep`).
+
+    base      [before | image i          | after | response i]     p(y_i | v_i, x_i)
+    exemplar  [before | image i exemplar | after | response i]     p(y_i | v_i, e_i, x_i)
+    negative  [before | image j          | after | response i]     p(y_i | v_j, x_i)
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitask.exemplar import ExemplarConnector, image_and_exemplar
+from vitask.vlm import VLM, Prompt
+
+
+class Samples(NamedTuple):
+    """The rows of one training step.
+
+    prompts, responses: token ids, one each per row
+    image:    (rows, image_tokens, hidden), frozen features
+    exemplar: TSM features (rows, features) or (rows, tokens, features); None without exemplar
+    negative: the row whose image is this row's negative, -1 for none; None without CRT
+    """
+
+    prompts: Sequence[Prompt]
+    responses: Sequence[tuple[int, ...]]
+    image: Tensor
+    exemplar: Tensor | None
+    negative: Tensor | None
+
+
+class BranchRows(NamedTuple):
+    """Hidden rows at the response positions only: the arguments of the joint loss.
+
+    hidden:          (rows, hidden), row t predicts labels[t]
+    labels:          (rows,)
+    exemplar_hidden: (rows, hidden) or None
+    negative_hidden: (negatives, hidden) or None
+    negative_rows:   (negatives,) the rows of `hidden` that have a negative, or None
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    exemplar_hidden: Tensor | None
+    negative_hidden: Tensor | None
+    negative_rows: Tensor | None
+
+
+def three_forwards(
+    vlm: VLM, connector: ExemplarConnector | None, samples: Samples, variant: str
+) -> BranchRows:
+    """One forward of the language model per branch; branches without inputs are left out."""
+    hidden, labels, owner = response_hidden(
+        vlm, samples.prompts, samples.image, samples.responses
+    )
+    exemplar_hidden = negative_hidden = negative_rows = None
+    if samples.exemplar is not None and connector is not None:
+        tokens = image_and_exemplar(samples.image, connector(samples.exemplar), variant)
+        exemplar_hidden, _, _ = response_hidden(vlm, samples.prompts, tokens, samples.responses)
+    if samples.negative is not None and bool((samples.negative >= 0).any()):
+        rows = (samples.negative >= 0).nonzero()[:, 0]
+        negative_hidden, _, _ = response_hidden(
+            vlm,
+            [samples.prompts[i] for i in rows.tolist()],
+            samples.image[samples.negative[rows]],
+            [samples.responses[i] for i in rows.tolist()],
+        )
+        negative_rows = torch.isin(owner, rows).nonzero()[:, 0]
+    return BranchRows(hidden, labels, exemplar_hidden, negative_hidden, negative_rows)
+
+
+def response_hidden(
+    vlm: VLM,
+    prompts: Sequence[Prompt],
+    image_tokens: Float[Tensor, "batch image_tokens hidden"],
+    responses: Sequence[tuple[int, ...]],
+) -> tuple[Float[Tensor, "rows hidden"], Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """Hidden states that predict each response token, the tokens, and the sample of each row.
+
+    Rows stand in sample order. Response token k of a prompt of P tokens is predicted at position
+    P - 1 + k; the last response token is no input.
+    """
+    inputs = [[*response[:-1]] for response in responses]
+    embeddings, lengths = prompt_embeddings(vlm, prompts, image_tokens, inputs)
+    hidden = vlm.hidden(embeddings)
+    owner = [i for i, response in enumerate(responses) for _ in response]
+    position = [
+        lengths[i] - 1 + k for i, response in enumerate(responses) for k in range(len(response))
+    ]
+    index = torch.tensor([owner, position], device=hidden.device)
+    labels = torch.tensor([t for response in responses for t in response], device=hidden.device)
+    return hidden[index[0], index[1]], labels, index[0]
+
+
+def prompt_embeddings(
+    vlm: VLM,
+    prompts: Sequence[Prompt],
+    image_tokens: Float[Tensor, "batch image_tokens hidden"],
+    continuations: Sequence[Sequence[int]],
+) -> tuple[Float[Tensor, "batch tokens hidden"], list[int]]:
+    """[before | image tokens | after | continuation], padded on the right; and prompt lengths."""
+    count = image_tokens.shape[1]
+    rows = [
+        [*p.before, *([0] * count), *p.after, *c]
+        for p, c in zip(prompts, continuations, strict=True)
+    ]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=vlm.device)
+    embeddings = vlm.embed(ids)
+    start = torch.tensor([len(p.before) for p in prompts], device=vlm.device)
+    columns = start[:, None] + torch.arange(count, device=vlm.device)  # (batch, image_tokens)
+    samples = torch.arange(len(rows), device=vlm.device)[:, None]
+    image_tokens = image_tokens.to(vlm.device, embeddings.dtype)
+    embeddings = embeddings.index_put((samples, columns), image_tokens)
+    return embeddings, [len(p.before) + count + len(p.after) for p in prompts]

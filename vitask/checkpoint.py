@@ -1,0 +1,224 @@
+"""A tuned model as a whole: VLM with adapters, exemplar connector, TSM, and what it was tuned on.
+
+    model = VITask.from_pretrained("leaderboards/pocket-phantom/checkpoints/vitask-seed0")
+    model.predict("breastmnist", images)                      # with the TSM's exemplar
+    model.predict("breastmnist", images, exemplar=False)      # the VLM alone
+    model.plug(other_tsm)                                     # another TSM, nothing tuned
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vitask.data.spec import Dataset, DatasetSpec
+from vitask.exemplar import ExemplarConnector, image_and_exemplar
+from vitask.prompts import Candidates, candidates, instruction, response
+from vitask.recipes import Recipe
+from vitask.score import generate, response_log_probabilities
+from vitask.tsm import TSM
+from vitask.vlm import VLM
+
+FORMAT = 1  # of vitask.json
+
+
+@dataclass(frozen=True)
+class Task:
+    """A dataset that the model was tuned on: what is asked and what can be answered."""
+
+    spec: DatasetSpec
+    candidates: Candidates
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "Task":
+        spec = dataset.spec
+        return cls(spec, candidates(spec, dataset.splits["train"].labels))
+
+
+class VITask:
+    """A VLM with or without tuning; without `tsm` and `connector` it has no exemplar."""
+
+    def __init__(
+        self,
+        vlm: VLM,
+        recipe: Recipe,
+        tasks: Mapping[str, Task],
+        *,
+        tsm: TSM | None = None,
+        connector: ExemplarConnector | None = None,
+    ) -> None:
+        self.vlm, self.recipe, self.tasks = vlm, recipe, dict(tasks)
+        self.tsm, self.connector = tsm, connector
+
+    @property
+    def feature_kind(self) -> str:
+        """Which TSM features the connector takes."""
+        return "cls" if self.recipe.variant == "cls" else "all"
+
+    def plug(self, tsm: TSM) -> "VITask":
+        """The same model with another TSM behind the same connector; nothing is tuned."""
+        if self.connector is None:
+            raise ValueError("this model was tuned without exemplar: no connector to plug into")
+        width = tsm.feature_size(self.feature_kind)
+        if width != self.connector.features:
+            raise ValueError(
+                f"{tsm.name} gives features of width {width}, the connector was trained for "
+                f"{self.connector.features}; plug in a model of the same width"
+            )
+        return VITask(self.vlm, self.recipe, self.tasks, tsm=tsm, connector=self.connector)
+
+    # From images
+
+    def predict(
+        self, dataset: str, images: np.ndarray, *, exemplar: bool | None = None
+    ) -> Float[np.ndarray, "images candidates"]:
+        """Probability of each answer of `dataset` (in the order of `tasks[dataset].candidates`).
+
+        images: uint8 (n, h, w) or (n, h, w, 3). exemplar: with the TSM's exemplar in the prompt;
+        by default wherever there is a TSM.
+        """
+        scores = self.score(dataset, self.image_tokens(images, exemplar=exemplar))
+        shifted = np.exp(scores - scores.max(-1, keepdims=True))
+        return shifted / shifted.sum(-1, keepdims=True)
+
+    def image_tokens(
+        self, images: np.ndarray, *, exemplar: bool | None = None
+    ) -> Float[Tensor, "images tokens hidden"]:
+        """What stands at the image's place in the prompt, with or without exemplar tokens."""
+        wanted = self.tsm is not None if exemplar is None else exemplar
+        if wanted and self.tsm is None:
+            raise ValueError("no task-specific model in this checkpoint; use exemplar=False")
+        features = self.tsm.features(images, self.feature_kind) if wanted else None
+        return self.tokens(self.vlm.image_features(images), features)
+
+    # From features
+
+    @torch.no_grad()
+    def tokens(
+        self, image: Float[Tensor, "images tokens hidden"], features: Tensor | None
+    ) -> Float[Tensor, "images tokens hidden"]:
+        """Image features and TSM features (None: no exemplar) -> tokens at the image's place."""
+        if features is None:
+            return image
+        if self.connector is None:
+            raise ValueError("this model was tuned without exemplar: it has no connector")
+        device = self.connector.linear_1.weight.device
+        exemplar = torch.cat([self.connector(part.to(device)).cpu() for part in features.split(1024)])
+        return image_and_exemplar(image, exemplar, self.recipe.variant)
+
+    def score(
+        self, dataset: str, tokens: Float[Tensor, "images tokens hidden"]
+    ) -> Float[np.ndarray, "images candidates"]:
+        """Log-probability of every candidate answer, summed over its response tokens, in nats."""
+        task = self._task(dataset)
+        responses = [self.vlm.response_ids(response(text)) for text in task.candidates.texts]
+        return response_log_probabilities(
+            self.vlm,
+            self.vlm.prompt(instruction(task.spec)),
+            tokens,
+            responses,
+            batch_size=self.recipe.score_batch_size,
+        )
+
+    def write(self, dataset: str, tokens: Float[Tensor, "images tokens hidden"]) -> list[str]:
+        """Greedily generated answers, at most as long as the longest candidate."""
+        task = self._task(dataset)
+        longest = max(len(self.vlm.response_ids(response(t))) for t in task.candidates.texts)
+        return generate(
+            self.vlm,
+            self.vlm.prompt(instruction(task.spec)),
+            tokens,
+            max_new_tokens=longest,
+            batch_size=self.recipe.score_batch_size,
+        )
+
+    def _task(self, dataset: str) -> Task:
+        if dataset not in self.tasks:
+            known = ", ".join(self.tasks)
+            raise ValueError(f"this model knows no dataset {dataset!r}; it was tuned on {known}")
+        return self.tasks[dataset]
+
+    # On disk
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write adapter, connector, TSM, recipe, tasks and processor; the base VLM by name.
+
+        Safetensors and JSON only. The folder appears whole or not at all.
+        """
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        part.chmod(0o755)
+        self.vlm.adapter.save_pretrained(part / "adapter")
+        self.vlm.processor.save_pretrained(part / "processor")
+        if self.connector is not None:
+            save_file(self.connector.state_dict(), part / "connector.safetensors")
+        if self.tsm is not None:
+            self.tsm.save(part)
+        card = {
+            "format": FORMAT,
+            "recipe": asdict(self.recipe),
+            "tasks": {name: _task_card(task) for name, task in self.tasks.items()},
+        }
+        (part / "vitask.json").write_text(json.dumps(card, indent=1) + "\n")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str = "cpu") -> "VITask":
+        """Read what `save_pretrained` wrote. Scores are bit-equal to those before saving."""
+        folder = Path(folder)
+        if not (folder / "vitask.json").is_file():
+            raise ValueError(
+                f"no checkpoint at {folder}; expected a folder with vitask.json, as save_pretrained "
+                "and `python -m bench run` write it"
+            )
+        card = json.loads((folder / "vitask.json").read_text())
+        if card.get("format") != FORMAT:
+            raise ValueError(
+                f"{folder / 'vitask.json'} has format {card.get('format')!r}; expected {FORMAT}"
+            )
+        recipe = Recipe(**{k: _tuples(v) for k, v in card["recipe"].items()})
+        vlm = VLM.load(recipe.vlm, dtype=getattr(torch, recipe.precision), device=device)
+        vlm.load_adapter(folder / "adapter")
+        tsm = connector = None
+        if (folder / "tsm.json").is_file():
+            tsm = TSM.load(folder).to(device)
+        if (folder / "connector.safetensors").is_file():
+            state = load_file(folder / "connector.safetensors")
+            connector = ExemplarConnector(state["linear_1.weight"].shape[1], vlm.hidden_size)
+            connector.load_state_dict(state)
+            connector.to(device).eval().requires_grad_(False)
+        tasks = {name: _task_of(task) for name, task in card["tasks"].items()}
+        return cls(vlm, recipe, tasks, tsm=tsm, connector=connector)
+
+
+def _task_card(task: Task) -> dict:
+    return {
+        "spec": asdict(task.spec),
+        "answers": list(task.candidates.texts),
+        "members": [np.flatnonzero(row).tolist() for row in task.candidates.members],
+    }
+
+
+def _task_of(card: dict) -> Task:
+    spec = DatasetSpec(**{k: _tuples(v) for k, v in card["spec"].items()})
+    members = np.zeros((len(card["answers"]), len(spec.classes)), dtype=bool)
+    for row, present in enumerate(card["members"]):
+        members[row, present] = True
+    return Task(spec, Candidates(tuple(card["answers"]), members))
+
+
+def _tuples(value: object) -> object:
+    """JSON has no tuples; recipes and specs hold nothing else."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

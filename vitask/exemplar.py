@@ -1,0 +1,56 @@
+"""Exemplar prompting: TSM features -> exemplar tokens in the language model's embedding space."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+VARIANTS = {
+    "cls": "one token: the TSM's CLS or pooled feature, after the image tokens",
+    "all": "every patch token of the TSM, after the image tokens",
+    "rep": "every patch token of the TSM in place of the image tokens",
+}
+
+
+class ExemplarConnector(nn.Module):
+    """LayerNorm, Linear, GELU, Linear: as the VLM's own connector.
+
+    The only new parameters of the method; the paper's "learnable vision-language connector"
+    (section 3.1). Input features (..., features) in float32, output in the embedding's space.
+    """
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(features)
+        self.linear_1 = nn.Linear(features, hidden)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(hidden, hidden)
+
+    @property
+    def features(self) -> int:
+        """Width of the TSM features that it takes."""
+        return self.linear_1.in_features
+
+    def forward(
+        self, features: Float[Tensor, "batch *tokens features"]
+    ) -> Float[Tensor, "batch tokens hidden"]:
+        """(batch, features) gives one exemplar token, (batch, tokens, features) as many."""
+        if features.shape[-1] != self.features:
+            raise ValueError(
+                f"the task-specific model gives features of width {features.shape[-1]}, the "
+                f"connector was trained for {self.features}; plug in a model of the same width"
+            )
+        if features.ndim == 2:
+            features = features[:, None]
+        return self.linear_2(self.act(self.linear_1(self.norm(features))))
+
+
+def image_and_exemplar(
+    image: Float[Tensor, "batch image_tokens hidden"],
+    exemplar: Float[Tensor, "batch exemplar_tokens hidden"] | None,
+    variant: str,
+) -> Float[Tensor, "batch tokens hidden"]:
+    """What stands at the image's place in the prompt: with or without its exemplar."""
+    if exemplar is None:
+        return image
+    exemplar = exemplar.to(image.dtype)
+    return exemplar if variant == "rep" else torch.cat([image, exemplar], dim=1)

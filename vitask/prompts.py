@@ -1,0 +1,104 @@
+"""Instruction templates, and label <-> response text, both directions side by side.
+
+One text everywhere: training, scoring and generation build prompts from here, and the hash of
+what they built stands in every record.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from vitask.data.spec import DatasetSpec
+
+INSTRUCTION = "Analyze the given {modality} image. The possible diagnoses are: {labels}."
+SEPARATOR = "; "  # label names hold commas and brackets, never a semicolon
+NO_FINDING = "no finding"  # the multi-label answer when no label is present
+FREQUENT_LABEL_SETS = 64  # multi-label candidates beside the single labels
+
+
+def instruction(spec: "DatasetSpec") -> str:
+    """The instruction of a dataset, with its list of possible diagnoses."""
+    labels = (*spec.classes, NO_FINDING) if spec.multi_label else spec.classes
+    return INSTRUCTION.format(modality=spec.modality, labels=SEPARATOR.join(labels))
+
+
+def answer(spec: "DatasetSpec", label: "int | np.ndarray") -> str:
+    """Label -> answer text: a class name, or the present labels in dataset order."""
+    if not spec.multi_label:
+        return spec.classes[int(label)]
+    present = [name for name, there in zip(spec.classes, np.asarray(label), strict=True) if there]
+    return SEPARATOR.join(present) or NO_FINDING
+
+
+def response(text: str) -> str:
+    """Answer text -> what the model has to write; the end-of-turn token follows it."""
+    return f"{text}."
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The answers among which a dataset's images are scored.
+
+    texts:   answer texts, without the final period
+    members: bool (candidates, classes): which labels an answer states
+    """
+
+    texts: tuple[str, ...]
+    members: np.ndarray
+
+    def parse(self, text: str) -> int | None:
+        """Generated text -> candidate, or None for an invalid answer (never guessed).
+
+        Case, runs of white space and the final period do not count; everything else does.
+        """
+        return {_normal(t): i for i, t in enumerate(self.texts)}.get(_normal(text))
+
+    def parse_labels(self, text: str, classes: Sequence[str]) -> np.ndarray | None:
+        """Multi-label: generated text -> bool (classes,), any set of known labels, or None."""
+        if _normal(text) == _normal(NO_FINDING):
+            return np.zeros(len(classes), dtype=bool)
+        known = {_normal(name): i for i, name in enumerate(classes)}
+        parts = [known.get(_normal(part)) for part in _normal(text).split(SEPARATOR.strip())]
+        found = [part for part in parts if part is not None]
+        if len(found) != len(parts):
+            return None
+        labels = np.zeros(len(classes), dtype=bool)
+        labels[found] = True
+        return labels
+
+    def coverage(self, labels: np.ndarray) -> float:
+        """Share of images whose very answer stands among the candidates; labels as in a Split."""
+        if labels.ndim == 1:
+            return 1.0
+        known = {row.tobytes() for row in self.members}
+        return float(np.mean([row.astype(bool).tobytes() in known for row in labels]))
+
+
+def candidates(spec: "DatasetSpec", train_labels: np.ndarray) -> Candidates:
+    """The dataset's classes; for multi-label the 14 labels, none, and frequent label sets.
+
+    The label sets are the 64 most frequent of two or more labels in the training part (ties:
+    in dataset order), so the test part has no say in what can be answered.
+    """
+    single = np.eye(len(spec.classes), dtype=bool)
+    if not spec.multi_label:
+        return Candidates(texts=spec.classes, members=single)
+    counts = Counter(tuple(row) for row in train_labels.astype(bool).tolist() if sum(row) > 1)
+    frequent = sorted(counts, key=lambda row: (-counts[row], [not there for there in row]))
+    members = np.concatenate(
+        [
+            single,
+            np.zeros((1, len(spec.classes)), dtype=bool),
+            np.array(frequent[:FREQUENT_LABEL_SETS], dtype=bool).reshape(-1, len(spec.classes)),
+        ]
+    )
+    return Candidates(texts=tuple(answer(spec, row) for row in members), members=members)
+
+
+def _normal(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip().removesuffix(".").strip().casefold()

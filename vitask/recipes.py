@@ -1,0 +1,138 @@
+"""Every named experiment is a Python value here, derived from another with `replace`.
+
+A recipe holds all that decides a result but the seed and the data themselves; `asdict(recipe)`
+stands in every record. Names of the fields follow the paper's terms (arXiv 2410.06456).
+"""
+
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+
+MEDMNIST_2D = (
+    "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist",
+    "breastmnist", "bloodmnist", "tissuemnist", "organamnist", "organcmnist", "organsmnist",
+)  # fmt: skip  (the order of the paper's tables)
+
+
+def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{field} is {value!r}; expected one of {', '.join(map(str, allowed))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One experiment, from data to scores."""
+
+    name: str
+
+    # Data: its own datasets per source of data, and how much of them is used.
+    phantom_datasets: tuple[str, ...] = MEDMNIST_2D
+    medmnist_datasets: tuple[str, ...] = MEDMNIST_2D
+    phantom_samples: tuple[int, int, int] = (200, 60, 100)  # train, val, test of each dataset
+    source_size: int = 28  # pixels: 28, 64, 128 or 224; never mixed in one table
+    train_limit: int | None = None  # images per dataset, stratified by class; None: all
+    val_limit: int | None = None
+
+    # Vision language model: "pocket", a folder, or a name on the hub.
+    vlm: str = "pocket"
+    precision: str = "float32"  # float32 | bfloat16
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0  # above 0 the branches of one sample no longer share a model
+
+    # Task-specific model: any timm name.
+    tsm: str = "resnet18"
+    tsm_pretrained: bool = False
+    tsm_image_size: int = 32
+    tsm_epochs: int = 30
+    tsm_batch_size: int = 64
+    tsm_learning_rate: float = 1e-3
+    tsm_weight_decay: float = 0.05
+
+    # Method.
+    variant: str = "cls"  # exemplar tokens: cls | all | rep
+    exemplar: bool = True  # False: the loss EP and the connector are left out
+    rda_weight: float = 1.0  # alpha
+    crt_weight: float = 1.0  # beta, in stage 2
+    detach_exemplar: bool = True  # False: the paper's RDA*
+    stage1_epochs: int = 1
+    stage2_epochs: int = 1
+    step: str = "three"  # three: plain forwards of vitask/branches.py
+
+    # Optimisation of the VLM.
+    learning_rate: float = 4e-5
+    batch_size: int = 16
+    weight_decay: float = 0.01
+    warmup: float = 0.03  # share of all steps
+    max_grad_norm: float = 1.0
+
+    # Scoring.
+    score_batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        _one_of("variant", self.variant, ("cls", "all", "rep"))
+        _one_of("precision", self.precision, ("float32", "bfloat16"))
+        _one_of("step", self.step, ("three",))
+        _one_of("source_size", self.source_size, (28, 64, 128, 224))
+        if self.rda_weight and not self.exemplar:
+            raise ValueError(
+                f"recipe {self.name!r} has rda_weight {self.rda_weight} without exemplar; "
+                "RDA aligns with the exemplar branch: set exemplar=True or rda_weight=0"
+            )
+        if self.batch_size % 4:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of 4; "
+                "batches are made of blocks of 4 samples (vitask/batches.py)"
+            )
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of both stages; vanilla tuning takes as many."""
+        return self.stage1_epochs + self.stage2_epochs
+
+    def datasets(self, source: str) -> tuple[str, ...]:
+        """The recipe's own datasets for a source of data, "phantom" or "medmnist"."""
+        return self.phantom_datasets if source == "phantom" else self.medmnist_datasets
+
+
+def vanilla(recipe: Recipe) -> Recipe:
+    """Plain instruction tuning on the same samples for the same epochs: Van alone (eq. 1)."""
+    return replace(recipe, exemplar=False, rda_weight=0.0, crt_weight=0.0)
+
+
+POCKET = Recipe(
+    name="pocket",
+    medmnist_datasets=("breastmnist", "retinamnist", "pneumoniamnist", "ham10000", "pbc_blood"),
+    train_limit=1000,
+    val_limit=500,
+    stage1_epochs=2,
+    stage2_epochs=2,
+    learning_rate=2e-3,  # a model of 2 M parameters: chosen on validation data
+)
+
+PAPER = Recipe(
+    name="paper",
+    source_size=224,
+    vlm="OpenGVLab/InternVL2_5-2B-MPO-hf",  # InternVL2-2B itself has no native checkpoint
+    precision="bfloat16",
+    tsm="vit_base_patch16_224.augreg_in21k",
+    tsm_pretrained=True,
+    tsm_image_size=224,
+)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        POCKET,
+        PAPER,
+        replace(PAPER, name="internvl3_1b", vlm="OpenGVLab/InternVL3-1B-hf"),
+    )
+}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name; ValueError names the nearest."""
+    if name not in RECIPES:
+        near = get_close_matches(name, RECIPES) or list(RECIPES)
+        raise ValueError(f"no recipe {name!r}; did you mean {' or '.join(near)}?")
+    return RECIPES[name]
+

@@ -1,0 +1,44 @@
+"""Does the image reach the model? Asked once before anything is trained or scored."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from vitask.checkpoint import VITask
+from vitask.data.spec import Dataset
+from vitask.features import Features
+
+IMAGES = 16  # of each dataset's val part
+REQUIRED = 100.0  # times the batch noise
+
+
+def check_image_sensitivity(
+    model: VITask, datasets: Mapping[str, Dataset], image: Features
+) -> dict[str, float]:
+    """How far shuffled images move the class log-probabilities, in units of the batch noise.
+
+    Batch noise: the largest difference between scoring one by one and in one batch, and at least
+    the float32 rounding of the scores. Shuffled: every image gives its place to another one.
+    Returns the ratio per dataset; RuntimeError below 100, because then the images do not reach
+    the answers and every number that follows would be meaningless.
+    """
+    single = VITask(model.vlm, replace(model.recipe, score_batch_size=1), model.tasks)
+    batched = VITask(model.vlm, replace(model.recipe, score_batch_size=IMAGES), model.tasks)
+    ratios = {}
+    for name in datasets:
+        tokens = image(name, "val")[:IMAGES]
+        scores = batched.score(name, tokens)
+        rounding = np.abs(scores).max() * np.finfo(np.float32).eps
+        noise = max(np.abs(single.score(name, tokens) - scores).max(), rounding)
+        moved = np.abs(batched.score(name, tokens.roll(1, dims=0)) - scores).max()
+        ratios[name] = float(moved / noise)
+    for name, ratio in ratios.items():
+        if ratio < REQUIRED:
+            raise RuntimeError(
+                f"self-check failed on {name}: shuffling the images moves the class "
+                f"log-probabilities by {ratio:.1f} times the batch noise, expected at least "
+                f"{REQUIRED:.0f}; the images do not reach the model (wrong image token, "
+                "normalisation or checkpoint?), so nothing was run"
+            )
+    return ratios

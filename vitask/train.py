@@ -1,0 +1,247 @@
+"""Tuning, top to bottom: samples, two stages, one optimizer, the epoch that validates best.
+
+Vanilla tuning is the same run of the same samples in the same order with the loss Van alone
+(`vitask.recipes.vanilla`). Frozen: vision tower, the VLM's own connector, TSM and head.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import accelerate
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from vitask.batches import Batch, make_batches
+from vitask.branches import Samples, three_forwards
+from vitask.checkpoint import Task, VITask
+from vitask.data.spec import Dataset
+from vitask.exemplar import ExemplarConnector
+from vitask.features import Features
+from vitask.objective import Losses, Weights, joint_loss, stage_weights
+from vitask.prompts import answer, instruction, response
+from vitask.recipes import Recipe
+from vitask.tsm import TSM
+from vitask.validation import OnEpoch, decide, ignore, macro_f1
+from vitask.vlm import VLM, Prompt
+
+
+@dataclass
+class TrainingSet:
+    """All samples of all datasets, numbered through.
+
+    instruction, response: int (samples,), indices into `prompts` and `responses`
+    image, exemplar:       features (samples, ...); exemplar None for vanilla tuning
+    """
+
+    prompts: list[Prompt]
+    responses: list[tuple[int, ...]]
+    instruction: np.ndarray
+    response: np.ndarray
+    image: Tensor
+    exemplar: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        vlm: VLM,
+        datasets: Mapping[str, Dataset],
+        image: Features,
+        exemplar: Features | None,
+    ) -> "TrainingSet":
+        texts: dict[str, int] = {}
+        instructions, responses = [], []
+        for number, dataset in enumerate(datasets.values()):
+            for label in dataset.splits["train"].labels:
+                text = response(answer(dataset.spec, label))
+                responses.append(texts.setdefault(text, len(texts)))
+                instructions.append(number)
+        return cls(
+            prompts=[vlm.prompt(instruction(d.spec)) for d in datasets.values()],
+            responses=[vlm.response_ids(text) for text in texts],
+            instruction=np.array(instructions),
+            response=np.array(responses),
+            image=torch.cat([image(name, "train") for name in datasets]),
+            exemplar=None
+            if exemplar is None
+            else torch.cat([exemplar(name, "train") for name in datasets]),
+        )
+
+    def rows(self, batch: Batch, device: torch.device, *, contrastive: bool) -> Samples:
+        """The samples of a batch, on the device."""
+        at = torch.from_numpy(batch.samples)
+        return Samples(
+            prompts=[self.prompts[self.instruction[i]] for i in batch.samples],
+            responses=[self.responses[self.response[i]] for i in batch.samples],
+            image=self.image[at].to(device),
+            exemplar=None if self.exemplar is None else self.exemplar[at].to(device),
+            negative=torch.from_numpy(batch.negative).to(device) if contrastive else None,
+        )
+
+
+@dataclass
+class Log:
+    """What happened: one entry an epoch.
+
+    losses:     means over the epoch's steps, in nats per response token
+    validation: macro-F1 of each dataset's val part and "mean", without and with exemplar
+    chosen:     the epoch (from 1) whose mean validation was best and whose weights are kept
+    without_negative: samples an epoch that stood in blocks without CRT
+    """
+
+    losses: list[dict[str, float]] = field(default_factory=list)
+    validation: list[dict[str, dict[str, float]]] = field(default_factory=list)
+    without_negative: list[int] = field(default_factory=list)
+    chosen: int = 0
+
+
+class TuningStep(nn.Module):
+    """Samples -> losses: one module around everything that trains, for the engine to wrap."""
+
+    def __init__(self, vlm: VLM, connector: ExemplarConnector | None, recipe: Recipe) -> None:
+        super().__init__()
+        self.language_model = vlm.adapter  # registers the adapters' parameters
+        self.connector = connector
+        self._vlm, self._recipe = vlm, recipe
+
+    def forward(self, samples: Samples, weights: Weights) -> Losses:
+        rows = three_forwards(self._vlm, self.connector, samples, self._recipe.variant)
+        return joint_loss(
+            self._vlm, rows, weights, detach_exemplar=self._recipe.detach_exemplar
+        )
+
+
+def tune(
+    vlm: VLM,
+    datasets: Mapping[str, Dataset],
+    recipe: Recipe,
+    seed: int,
+    *,
+    image: Features,
+    tsm: TSM | None = None,
+    exemplar: Features | None = None,
+    on_epoch: OnEpoch = ignore,
+) -> tuple[VITask, Log]:
+    """Tune `vlm` in place on the train parts; keep the epoch that is best on the val parts.
+
+    image, exemplar: kept features of the frozen VLM and of the TSM (with `recipe.exemplar`).
+    Raises FloatingPointError as soon as a loss is not a finite number.
+    """
+    if recipe.exemplar and (tsm is None or exemplar is None):
+        raise ValueError(f"recipe {recipe.name!r} tunes with exemplars; expected a tsm and features")
+    accelerate.utils.set_seed(seed)
+    kwargs = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = accelerate.Accelerator(kwargs_handlers=[kwargs])
+    vlm.add_lora(rank=recipe.lora_rank, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout)
+    connector = None
+    if recipe.exemplar:
+        kind = "cls" if recipe.variant == "cls" else "all"
+        connector = ExemplarConnector(tsm.feature_size(kind), vlm.hidden_size).to(vlm.device)
+    data = TrainingSet.of(vlm, datasets, image, exemplar if recipe.exemplar else None)
+    tasks = {name: Task.of(dataset) for name, dataset in datasets.items()}
+    model = VITask(
+        vlm, recipe, tasks, tsm=tsm if recipe.exemplar else None, connector=connector
+    )
+
+    epochs = [
+        make_batches(
+            data.instruction,
+            data.response,
+            recipe.batch_size,
+            np.random.default_rng([seed, epoch]),
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        for epoch in range(recipe.epochs)
+    ]
+    steps = sum(map(len, epochs))
+    step = TuningStep(vlm, connector, recipe)
+    trained = [p for p in step.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * steps), steps)
+    # The engine steps the schedule once per process otherwise; `steps` are this process's own.
+    accelerator.step_scheduler_with_optimizer = False
+    wrapped, optimizer, schedule = accelerator.prepare(step, optimizer, schedule)
+
+    log, best = Log(), _Best()
+    for epoch, batches in enumerate(epochs):
+        stage = 1 if epoch < recipe.stage1_epochs else 2
+        weights = stage_weights(recipe, stage)
+        if connector is not None:
+            connector.requires_grad_(stage == 1)  # trained in stage 1 only
+        vlm.adapter.train()
+        sums: dict[str, float] = dict.fromkeys(Losses._fields, 0.0)
+        for batch in batches:
+            samples = data.rows(batch, accelerator.device, contrastive=weights.crt > 0)
+            losses = wrapped(samples, weights)
+            accelerator.backward(losses.total)
+            accelerator.clip_grad_norm_(trained, recipe.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            for name, value in zip(Losses._fields, losses, strict=True):
+                sums[name] += float(value.detach())
+            if not np.isfinite(sums["total"]):
+                raise FloatingPointError(
+                    f"loss is {float(losses.total.detach())} in epoch {epoch + 1}; "
+                    "lower the recipe's learning_rate"
+                )
+        vlm.adapter.eval()
+        log.losses.append({name: value / len(batches) for name, value in sums.items()})
+        log.without_negative.append(sum(int((b.negative < 0).sum()) for b in batches))
+        log.validation.append(validate(model, datasets, image, exemplar))
+        if best.offer(np.mean([v["mean"] for v in log.validation[-1].values()]), step):
+            log.chosen = epoch + 1
+        on_epoch("vitask" if recipe.exemplar else "vanilla", epoch + 1, recipe.epochs)
+    best.restore(step)
+    step.requires_grad_(False)
+    return model, log
+
+
+class _Best:
+    """Keeps the trained parameters of the epoch that validated best (the first of equals)."""
+
+    def __init__(self) -> None:
+        self._score, self._state = -1.0, {}
+
+    def offer(self, score: float, step: TuningStep) -> bool:
+        if score <= self._score:
+            return False
+        self._score = float(score)
+        self._state = {n: p.detach().clone() for n, p in step.named_parameters() if _tuned(n)}
+        return True
+
+    def restore(self, step: TuningStep) -> None:
+        with torch.no_grad():
+            for name, parameter in step.named_parameters():
+                if name in self._state:
+                    parameter.copy_(self._state[name])
+
+
+def _tuned(name: str) -> bool:
+    return "lora_" in name or name.startswith("connector.")
+
+
+def validate(
+    model: VITask,
+    datasets: Mapping[str, Dataset],
+    image: Features,
+    exemplar: Features | None,
+) -> dict[str, dict[str, float]]:
+    """Macro-F1 by constrained scoring on the val parts, "without" and "with" exemplar."""
+    modes = {"without": None}
+    if model.connector is not None:
+        modes["with"] = exemplar
+    curves = {}
+    for mode, features in modes.items():
+        scores = {}
+        for name, dataset in datasets.items():
+            tokens = model.tokens(image(name, "val"), features and features(name, "val"))
+            task = model.tasks[name]
+            predicted = decide(task.spec, model.score(name, tokens), task.candidates)
+            scores[name] = macro_f1(task.spec, dataset.splits["val"].labels, predicted)
+        curves[mode] = scores | {"mean": float(np.mean(list(scores.values())))}
+    return curves

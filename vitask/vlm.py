@@ -1,0 +1,224 @@
+"""The vision language model: a thin layer over native transformers classes, nothing else.
+
+Image features, embeddings, hidden states, head. Any `InternVLForConditionalGeneration`
+checkpoint goes this way: the embedded `pocket`, a folder, `OpenGVLab/InternVL3-1B-hf`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import peft
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoProcessor, InternVLForConditionalGeneration, InternVLProcessor
+
+from vitask.pocket import POCKET
+
+# The LLM's linear layers and no others: "all-linear" would take the vision tower and the VLM's
+# own connector too.
+LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered chat turn, cut at the image: token ids before and after the image tokens.
+
+    Exemplar tokens go between the image tokens and `after`, so what closes the image follows
+    them and `before` + image is a prefix that all branches share.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+class VLM:
+    """A native InternVL with its processor."""
+
+    def __init__(
+        self, model: InternVLForConditionalGeneration, processor: InternVLProcessor, name: str
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.processor = processor
+        self.name = name
+
+    @classmethod
+    def load(
+        cls, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> "VLM":
+        """Load "pocket", a folder or a hub name; everything frozen, in evaluation mode.
+
+        Attention is SDPA: eager attention reads a boolean 4D mask as numbers.
+        """
+        source = str(POCKET) if name == "pocket" else name
+        try:
+            processor = AutoProcessor.from_pretrained(source)
+            model = InternVLForConditionalGeneration.from_pretrained(
+                source, dtype=dtype, attn_implementation="sdpa"
+            )
+        except OSError as error:
+            raise ValueError(
+                f"no vision language model at {name!r}; expected 'pocket', a folder with "
+                f"config.json and model.safetensors, or the name of a native InternVL checkpoint "
+                f"that is downloaded already or can be ({error})"
+            ) from error
+        return cls(model.to(device), processor, name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.text_config.hidden_size
+
+    @property
+    def head(self) -> Float[Tensor, "vocab hidden"]:
+        """Weight of the language model's head (no bias); never adapted."""
+        return self.model.lm_head.weight
+
+    # Images
+
+    @torch.no_grad()
+    def image_features(
+        self, images: np.ndarray, batch_size: int = 256
+    ) -> Float[Tensor, "images image_tokens hidden"]:
+        """Frozen vision tower and the VLM's own connector: uint8 images (n, h, w[, 3]) -> tokens.
+
+        One tile an image. Returned on the CPU, in the model's dtype.
+        """
+        features = [
+            self.model.model.get_image_features(pixel_values=pixels).pooler_output.cpu()
+            for pixels in self._batches(images, batch_size)
+        ]
+        return torch.cat(features)
+
+    @torch.no_grad()
+    def vision_features(
+        self, images: np.ndarray, batch_size: int = 256
+    ) -> Float[Tensor, "images features"]:
+        """Mean over the vision tower's last hidden states, for linear probes. float32, CPU."""
+        features = [
+            self.model.model.vision_tower(pixel_values=pixels).last_hidden_state.mean(1).float()
+            for pixels in self._batches(images, batch_size)
+        ]
+        return torch.cat(features).cpu()
+
+    def pixel_values(self, images: np.ndarray) -> Float[Tensor, "images 3 height width"]:
+        """The checkpoint's own image processor: resize to one tile, normalise. Grey becomes RGB."""
+        if images.dtype != np.uint8 or images.ndim not in (3, 4):
+            raise ValueError(
+                f"images have dtype {images.dtype} and shape {images.shape}; "
+                "expected uint8 of shape (n, height, width) or (n, height, width, 3)"
+            )
+        rgb = images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=-1)
+        tensor = torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
+        done = self.processor.image_processor(
+            images=list(tensor), crop_to_patches=False, return_tensors="pt"
+        )
+        return done["pixel_values"]
+
+    def _batches(self, images: np.ndarray, batch_size: int) -> "Sequence[Tensor]":
+        return [
+            self.pixel_values(images[i : i + batch_size]).to(self.device, self.dtype)
+            for i in range(0, len(images), batch_size)
+        ]
+
+    # Text
+
+    def prompt(self, instruction: str) -> Prompt:
+        """[user, image, instruction, assistant] in the checkpoint's own chat template."""
+        text = self._render(instruction)
+        image = self.processor.image_token
+        opened = f"{self.processor.start_image_token}{image}{self.processor.end_image_token}"
+        ids = self.processor.tokenizer(text.replace(image, opened), add_special_tokens=False)[
+            "input_ids"
+        ]
+        at = ids.index(self.processor.image_token_id)
+        return Prompt(before=tuple(ids[:at]), after=tuple(ids[at + 1 :]))
+
+    def response_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a response, its end-of-turn token included."""
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return (*ids, self.end_of_turn_id)
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """The token with which the chat template closes the assistant's turn."""
+        if not hasattr(self, "_end_of_turn_id"):
+            prompt = self._render("?")
+            whole = self._render("?", "!")
+            tail = whole.removeprefix(prompt).removeprefix("!")
+            self._end_of_turn_id = self.processor.tokenizer(tail, add_special_tokens=False)[
+                "input_ids"
+            ][0]
+        return self._end_of_turn_id
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _render(self, instruction: str, answer: str | None = None) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": instruction}]
+        messages = [{"role": "user", "content": content}]
+        if answer is not None:
+            reply = [{"type": "text", "text": answer}]
+            messages.append({"role": "assistant", "content": reply})
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=answer is None
+        )
+
+    # Language model
+
+    def embed(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape hidden"]:
+        return self.model.get_input_embeddings()(ids)
+
+    def hidden(
+        self,
+        embeddings: Float[Tensor, "batch tokens hidden"],
+        *,
+        mask: Tensor | None = None,
+        positions: Int[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens hidden"]:
+        """Last hidden states, after the final norm.
+
+        mask: bool (batch or 1, 1, tokens, tokens), True where a token may look; None is causal.
+        Rows are padded on the right: under a causal mask padding is never looked at.
+        """
+        if self.model.config.text_config._attn_implementation != "sdpa":
+            raise ValueError(
+                f"attention is {self.model.config.text_config._attn_implementation!r}; only "
+                "'sdpa' reads the boolean masks used here: load the model through VLM.load"
+            )
+        return self.model.model.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+
+    def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
+        """Head in float32 at least: differences of branches are small, bfloat16 would lose them."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return hidden.to(dtype) @ self.head.to(dtype).T
+
+    def add_lora(self, *, rank: int, alpha: int, dropout: float) -> None:
+        """Put trainable LoRA adapters on the LLM's linear layers, in place (peft)."""
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=LORA_TARGETS,
+            task_type="CAUSAL_LM",
+        )
+        self.adapter = peft.get_peft_model(self.model, config)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put saved LoRA adapters in place."""
+        self.adapter = peft.PeftModel.from_pretrained(self.model, folder)
+        self.adapter.requires_grad_(False)
