@@ -102,8 +102,10 @@ def vanilla(recipe: Recipe) -> Recipe:
 POCKET = Recipe(
     name="pocket",
     medmnist_datasets=("breastmnist", "retinamnist", "pneumoniamnist", "ham10000", "pbc_blood"),
+    tsm="test_resnet",  # timm's smallest ResNet: better at 32 px and five times faster than ResNet-18
+    tsm_learning_rate=3e-3,
     train_limit=1000,
-    val_limit=500,
+    val_limit=300,
     stage1_epochs=2,
     stage2_epochs=2,
     learning_rate=2e-3,  # a model of 2 M parameters: chosen on validation data

@@ -1,0 +1,96 @@
+"""Prompts and answers: the contract's texts, and label <-> text both ways."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitask.data.spec import DatasetSpec
+from vitask.prompts import Candidates, answer, candidates, instruction, response
+
+
+def spec(classes, task="multi-class"):
+    return DatasetSpec(
+        name="test",
+        task=task,
+        classes=tuple(classes),
+        modality="dermatoscope",
+        n_channels=3,
+        n_samples={"train": 1, "val": 1, "test": 1},
+        license="none",
+        source="test",
+        head="test",
+    )
+
+
+MULTI = spec(["atelectasis", "mass", "edema"], "multi-label, binary-class")
+
+
+def test_instruction_and_response_are_the_contracts_texts():
+    assert instruction(spec(["melanoma", "nevus"])) == (
+        "Analyze the given dermatoscope image. The possible diagnoses are: melanoma; nevus."
+    )
+    assert response("melanoma") == "melanoma."
+
+
+def test_multi_label_lists_no_finding_last_and_joins_present_labels():
+    assert instruction(MULTI).endswith("atelectasis; mass; edema; no finding.")
+    assert answer(MULTI, np.array([1, 0, 1])) == "atelectasis; edema"
+    assert answer(MULTI, np.zeros(3)) == "no finding"
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["Melanoma.", " melanoma ", "MELANOMA", "melanoma .", "mel\tanoma"],
+)
+def test_case_space_and_final_period_do_not_count(written):
+    found = candidates(spec(["nevus", "melanoma", "mel anoma"]), np.array([])).parse(written)
+    assert found == (2 if "\t" in written else 1)
+
+
+@pytest.mark.parametrize("written", ["", "melanom", "melanoma nevus", "melanoma; nevus", "no"])
+def test_anything_else_is_invalid_and_never_guessed(written):
+    assert candidates(spec(["nevus", "melanoma"]), np.array([])).parse(written) is None
+
+
+NAMES = st.lists(
+    st.text("abc ,()[]'-", min_size=1).filter(lambda t: t.strip()), min_size=2, max_size=6
+)
+
+
+@given(NAMES)
+def test_label_to_text_and_back(names):
+    classes = list(dict.fromkeys(" ".join(n.split()) for n in names))
+    found = candidates(spec(classes), np.array([]))
+    for label in range(len(classes)):
+        assert found.parse(response(answer(spec(classes), label))) == label
+
+
+def test_multi_label_candidates_are_singles_none_and_frequent_sets_of_the_training_part():
+    rows = [[1, 1, 0]] * 3 + [[0, 1, 1]] * 5 + [[1, 0, 0]] * 9 + [[0, 0, 0]] * 9
+    found = candidates(MULTI, np.array(rows))
+    assert found.texts == (
+        "atelectasis",
+        "mass",
+        "edema",
+        "no finding",
+        "mass; edema",
+        "atelectasis; mass",
+    )
+    assert found.members[4].tolist() == [False, True, True]
+    assert found.coverage(np.array([[0, 1, 1], [1, 1, 1], [0, 0, 0], [1, 0, 0]])) == 0.75
+
+
+def test_at_most_64_frequent_label_sets():
+    many = spec([f"label {i}" for i in range(8)], "multi-label, binary-class")
+    rows = np.array([[(n >> bit) & 1 for bit in range(8)] for n in range(256)])
+    found = candidates(many, rows)
+    assert len(found.texts) == 8 + 1 + 64
+    assert len({row.tobytes() for row in found.members}) == len(found.texts)
+
+
+def test_generated_label_sets_are_parsed_in_any_order():
+    found = Candidates((), np.zeros((0, 3), bool))
+    assert found.parse_labels("Edema; atelectasis.", MULTI.classes).tolist() == [True, False, True]
+    assert found.parse_labels("no finding.", MULTI.classes).tolist() == [False] * 3
+    assert found.parse_labels("edema; cough.", MULTI.classes) is None

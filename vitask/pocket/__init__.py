@@ -1,0 +1,7 @@
+"""The embedded small VLM: how it is made, its weights and tokenizer."""
+
+from pathlib import Path
+
+POCKET = Path(__file__).parent / "weights"  # a transformers folder, as any other checkpoint
+STEPS = 900
+SEED = 0

@@ -1,0 +1,38 @@
+"""What the pocket VLM can do on pictures that it has not seen, with and without the right image."""
+
+import numpy as np
+
+from vitask.pocket.questions import KINDS, canonical, held_out
+from vitask.score import generate
+from vitask.vlm import VLM
+
+
+def accuracy(
+    vlm: VLM, count: int, seed: int, *, shuffled: bool = False
+) -> dict[str, float]:
+    """Accuracy of each kind of question by greedy generation, exact match of the whole answer.
+
+    shuffled: every picture gives its image to another one; a model that looks falls to chance.
+    """
+    images, facts = held_out(count, seed)
+    tokens = vlm.image_features(images)
+    found = {}
+    for kind, answers in KINDS.items():
+        asked = np.flatnonzero(facts[kind] >= 0)
+        seen = np.roll(asked, 1) if shuffled else asked
+        longest = max(len(vlm.response_ids(f"{answer}.")) for answer in answers)
+        written = generate(
+            vlm, vlm.prompt(canonical(kind)), tokens[seen], max_new_tokens=longest, batch_size=256
+        )
+        right = [f"{answers[f]}." for f in facts[kind][asked]]
+        found[kind] = float(np.mean([w == r for w, r in zip(written, right, strict=True)]))
+    return found
+
+
+def chance(count: int, seed: int) -> dict[str, float]:
+    """Accuracy of always giving the most frequent answer."""
+    _, facts = held_out(count, seed)
+    return {
+        kind: float(np.bincount(facts[kind][facts[kind] >= 0]).max() / (facts[kind] >= 0).sum())
+        for kind in KINDS
+    }

@@ -1,0 +1,89 @@
+"""Instructions and answers about the pictures, and a task of copying for every token.
+
+Most instructions list the possible answers the way the downstream prompts do. The copying task
+gives pseudo-words of random tokens and asks for one of them: it teaches the head every token of
+the vocabulary, so that later tuning can write words that no picture question holds.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitask.pocket.pictures import (
+    BRIGHTNESS,
+    COLOURS,
+    COUNTS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    draw,
+)
+
+KINDS = {
+    "shape": SHAPES,
+    "colour": COLOURS,
+    "texture": TEXTURES,
+    "position": POSITIONS,
+    "size": SIZES,
+    "count": COUNTS,
+    "brightness": BRIGHTNESS,
+}
+WORDINGS = {
+    "shape": ("Name the shape.", "What shape is in the image?", "Identify the shape shown."),
+    "colour": ("Name the colour of the shape.", "What colour is the shape?", "State its colour."),
+    "texture": (
+        "Describe the texture of the ground.",
+        "What texture lies behind the shape?",
+        "Identify the texture of the ground.",
+    ),
+    "position": (
+        "Where is the shape?",
+        "State the position of the shape.",
+        "In which part of the image is the shape?",
+    ),
+    "size": ("How large is the shape?", "State the size of the shape.", "What size is the shape?"),
+    "count": ("How many shapes are there?", "Count the shapes.", "State the number of shapes."),
+    "brightness": (
+        "How bright is the ground?",
+        "State the brightness of the ground.",
+        "Describe the brightness of the image.",
+    ),
+}
+LISTED = " The possible answers are: {answers}."
+ORDINALS = ("first", "second", "third", "fourth")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One instruction about one picture, and its answer without the final period."""
+
+    kind: str
+    instruction: str
+    answer: str
+
+
+def ask(kind: str, fact: int, rng: np.random.Generator) -> Question:
+    """A question in a random wording; three of four list the answers, or some of them."""
+    answers = KINDS[kind]
+    text = WORDINGS[kind][rng.integers(len(WORDINGS[kind]))]
+    if rng.random() < 0.75:
+        kept = rng.random(len(answers)) < rng.choice([0.5, 1.0])
+        kept[fact] = True
+        listed = [answers[i] for i in rng.permutation(np.flatnonzero(kept))]
+        text += LISTED.format(answers="; ".join(listed))
+    return Question(kind, text, answers[fact])
+
+
+def canonical(kind: str) -> str:
+    """The held-out wording: every answer listed in order, so one prompt serves all pictures."""
+    return WORDINGS[kind][0] + LISTED.format(answers="; ".join(KINDS[kind]))
+
+
+def held_out(count: int, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Pictures that training never sees, and their facts (see `Pictures`).
+
+    Training draws from generators seeded by two numbers, these by three.
+    """
+    pictures = draw(count, np.random.default_rng([seed, 0, 1]))
+    return pictures.images, pictures.facts

@@ -1,0 +1,78 @@
+"""The small tokenizer: byte-level BPE, so that any text can be written, with InternVL's marks.
+
+Its vocabulary is built from the words below and the questions' own: the words of the datasets'
+prompts are in it so that prompts are short, as they are for a large tokenizer. The model itself
+meets them in the copying task only, as tokens without meaning.
+"""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GotOcr2ImageProcessor,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    Qwen2TokenizerFast,
+)
+
+from vitask.pocket.pictures import SIDE
+from vitask.pocket.questions import KINDS, LISTED, ORDINALS, WORDINGS
+
+WORDS = Path(__file__).parent / "words.txt"  # one phrase a line
+IMAGE_TOKENS = 16
+VOCABULARY = 1088  # a multiple of 64, just enough for whole words
+MARKS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<IMG_CONTEXT>\n"
+    "{% elif part['type'] == 'video' %}<video>\n"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def corpus() -> list[str]:
+    """Sentences for the tokenizer: every word once as an answer's beginning, once within."""
+    phrases = WORDS.read_text().splitlines()
+    phrases += [text for wordings in WORDINGS.values() for text in wordings]
+    phrases += [answer for answers in KINDS.values() for answer in answers]
+    phrases += [f"Give the {ordinal}." for ordinal in ORDINALS]
+    phrases += [LISTED.format(answers="a; b; c"), "user\nassistant\n"]
+    return [text for phrase in phrases for text in (f"{phrase}.", f"; {phrase};")]
+
+
+def make_processor() -> InternVLProcessor:
+    """Tokenizer, chat template and image processor (one tile of 32 px, 16 image tokens)."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *MARKS.values()]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus(), trainer)
+    tokenizer = Qwen2TokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        extra_special_tokens=MARKS,
+    )
+    size = {"height": SIDE, "width": SIDE}
+    return InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(size=size, crop_to_patches=False),
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(size=size),
+        image_seq_length=IMAGE_TOKENS,
+        chat_template=CHAT_TEMPLATE,
+    )
