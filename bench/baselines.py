@@ -1,0 +1,88 @@
+"""What costs nothing and must be beaten: the most frequent class, and a linear probe."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from vitask.data.spec import Dataset
+from vitask.features import Features
+from vitask.score import Prediction
+from vitask.validation import decide, macro_f1
+
+INVERSE_REGULARISATION = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C, chosen on the val part
+SMALLEST = 1e-6  # probability given to a class that the training part lacks
+
+
+def majority(datasets: Mapping[str, Dataset]) -> list[Prediction]:
+    """The training part's class frequencies, whatever the image."""
+    predictions = []
+    for name, dataset in datasets.items():
+        spec, labels = dataset.spec, dataset.splits["train"].labels
+        if spec.multi_label:
+            share = labels.mean(axis=0)
+        else:
+            share = np.bincount(labels, minlength=len(spec.classes)) / len(labels)
+        log_share = np.log(share.clip(SMALLEST, 1 - SMALLEST))
+        if not spec.multi_label:
+            log_share -= np.log(np.exp(log_share).sum())
+        rows = np.tile(log_share, (len(dataset.splits["test"]), 1))
+        predictions.append(Prediction(name, _kind(dataset), rows))
+    return predictions
+
+
+def linear_probe(
+    datasets: Mapping[str, Dataset], features: Features
+) -> tuple[list[Prediction], dict[str, dict[str, float]]]:
+    """Logistic regression on frozen features, one per dataset; C chosen by val macro-F1.
+
+    Returns the predictions for the test parts, and per dataset the val macro-F1 of every C.
+    """
+    predictions, curves = [], {}
+    for name, dataset in datasets.items():
+        fits, curve = {}, {}
+        for c in INVERSE_REGULARISATION:
+            fits[c] = _fit(dataset, features(name, "train").numpy(), c)
+            log_p = _log_probability(fits[c], dataset, features(name, "val").numpy())
+            val = dataset.splits["val"].labels
+            curve[f"C={c:g}"] = macro_f1(dataset.spec, val, decide(dataset.spec, log_p))
+        best = max(INVERSE_REGULARISATION, key=lambda c: curve[f"C={c:g}"])  # noqa: B023
+        log_p = _log_probability(fits[best], dataset, features(name, "test").numpy())
+        predictions.append(Prediction(name, _kind(dataset), log_p))
+        curves[name] = curve
+    return predictions, curves
+
+
+def _kind(dataset: Dataset) -> str:
+    return "labels" if dataset.spec.multi_label else "candidates"
+
+
+def _fit(dataset: Dataset, train: np.ndarray, c: float) -> list[Pipeline | float]:
+    """One classifier, or one per label; a label that is always or never there has its share."""
+    labels = dataset.splits["train"].labels
+    columns = labels.T if dataset.spec.multi_label else [labels]
+    return [
+        float(column[0])
+        if dataset.spec.multi_label and len(set(column.tolist())) == 1
+        else make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=500)).fit(
+            train, column
+        )
+        for column in columns
+    ]
+
+
+def _log_probability(fits: list[Pipeline | float], dataset: Dataset, x: np.ndarray) -> np.ndarray:
+    classes = len(dataset.spec.classes)
+    if dataset.spec.multi_label:
+        columns = [
+            np.full(len(x), fit) if isinstance(fit, float) else fit.predict_proba(x)[:, 1]
+            for fit in fits
+        ]
+        return np.log(np.stack(columns, axis=1).clip(SMALLEST, 1 - SMALLEST))
+    (fit,) = fits
+    assert isinstance(fit, Pipeline)
+    seen = np.full((len(x), classes), SMALLEST)
+    seen[:, fit.classes_] = fit.predict_proba(x)
+    return np.log(seen.clip(SMALLEST) / seen.sum(axis=1, keepdims=True))

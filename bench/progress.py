@@ -1,0 +1,69 @@
+"""One progress display over all work, with the time left; plain lines where there is no terminal."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress as Bar,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Progress:
+    """`units` of work; parts of it are advanced as they end."""
+
+    def __init__(self, units: float, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._units, self._done, self._start = units, 0.0, time.monotonic()
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            speed_estimate_period=600,
+        )
+        self._task = self._bar.add_task("starting", total=units)
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, units: float, text: str) -> None:
+        """So many units are done; `text` says what was."""
+        self._done += units
+        self._bar.update(self._task, advance=units, description=text)
+        if not self._console.is_terminal:
+            passed = time.monotonic() - self._start
+            left = passed / self._done * max(self._units - self._done, 0) if self._done else 0
+            share = min(self._done / self._units, 1)
+            self._console.print(
+                f"{share:4.0%}  {_clock(passed)} passed, about {_clock(left)} left  {text}",
+                highlight=False,
+            )
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        self._bar.update(self._task, description=text)
+        self._console.print(text, highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
