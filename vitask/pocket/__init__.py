@@ -3,5 +3,5 @@
 from pathlib import Path
 
 POCKET = Path(__file__).parent / "weights"  # a transformers folder, as any other checkpoint
-STEPS = 900
+STEPS = 800
 SEED = 0
