@@ -48,7 +48,7 @@ def linear_probe(
             log_p = _log_probability(fits[c], dataset, features(name, "val").numpy())
             val = dataset.splits["val"].labels
             curve[f"C={c:g}"] = macro_f1(dataset.spec, val, decide(dataset.spec, log_p))
-        best = max(INVERSE_REGULARISATION, key=lambda c: curve[f"C={c:g}"])  # noqa: B023
+        best = max(INVERSE_REGULARISATION, key=lambda c: curve[f"C={c:g}"])
         log_p = _log_probability(fits[best], dataset, features(name, "test").numpy())
         predictions.append(Prediction(name, _kind(dataset), log_p))
         curves[name] = curve

@@ -35,7 +35,9 @@ def page(frame: pd.DataFrame, records: Sequence[Record], root: Path) -> str:
         undefined=jinja2.StrictUndefined,
         autoescape=False,
     )
-    tables = [(title, _table(frame, metric, list(module.METHODS))) for metric, title in TABLES.items()]
+    tables = [
+        (title, _table(frame, metric, list(module.METHODS))) for metric, title in TABLES.items()
+    ]
     return environment.get_template("suite.md").render(
         suite=first.suite,
         about=(module.__doc__ or "").strip(),

@@ -31,7 +31,9 @@ def predict_folder(
     if not files:
         raise ValueError(f"no image in {folder}; expected files ending in {', '.join(ENDINGS)}")
     task = model.tasks[name]
-    images = np.stack([read_image(p, model.recipe.source_size, task.spec.n_channels) for p in files])
+    images = np.stack(
+        [read_image(p, model.recipe.source_size, task.spec.n_channels) for p in files]
+    )
     tokens = model.image_tokens(images, exemplar=exemplar)
     probability = model.predict(name, images, exemplar=exemplar)
     frame = pd.DataFrame(probability, columns=list(task.candidates.texts))

@@ -1,4 +1,4 @@
-"""One progress display over all work, with the time left; plain lines where there is no terminal."""
+"""One progress display over all work, with the time left; plain lines without a terminal."""
 
 import time
 from types import TracebackType
@@ -6,11 +6,13 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    Progress as Bar,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
 )
 
 

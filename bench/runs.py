@@ -117,13 +117,18 @@ def run_suite(
         for method in module.METHODS
     }
     wanted_names = [record_name(name, method, seed) for method, seed in keys]
-    run_key = content_key({record: key for record, key in zip(wanted_names, keys.values(), strict=True)})
+    run_key = content_key(dict(zip(wanted_names, keys.values(), strict=True)))
     manifest = {} if fresh else read_manifest(folder)
     before = manifest.get(name, {})
     continues = before.get("key") == run_key and not before.get("finished")
     if not (continues or resume):
         _discard(folder, name)
-    manifest[name] = {"key": run_key, "command": command, "finished": False, "records": wanted_names}
+    manifest[name] = {
+        "key": run_key,
+        "command": command,
+        "finished": False,
+        "records": wanted_names,
+    }
     _write_manifest(folder, manifest)
 
     context = Context(
@@ -150,7 +155,9 @@ def run_suite(
                 "seconds": round(time.perf_counter() - start, 2),
                 "peak_mib": round(records.peak_mib()),
             }
-            _write(plan, name, seed, keys[outcome.method, seed], outcome, context, command, measured)
+            _write(
+                plan, name, seed, keys[outcome.method, seed], outcome, context, command, measured
+            )
             start = time.perf_counter()
     manifest[name]["finished"] = True
     _write_manifest(folder, manifest)
@@ -280,7 +287,7 @@ def plan_of(
     record: Record, *, roots: Sequence[Path], allow_unverified: Sequence[str], folder: Path
 ) -> Plan:
     """The plan that a record was made by, for loading its data again."""
-    recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in record.recipe.items()})
+    recipe = Recipe.of_json(record.recipe)
     cards = record.data.values()
     return Plan(
         recipe=recipe,

@@ -11,7 +11,6 @@ import pandas as pd
 from bench.metrics import Scored, scored
 from bench.record import Record, candidates_of, read_samples, write_text
 from bench.stats import (
-    TESTED,
     bootstrap_weights,
     holm,
     interval,
@@ -35,7 +34,9 @@ NOT_AVERAGED = ("qwk", "recall:")  # no meaning across datasets
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def tabulate(folder: Path, records: Sequence[Record], specs: Mapping[str, DatasetSpec]) -> pd.DataFrame:
+def tabulate(
+    folder: Path, records: Sequence[Record], specs: Mapping[str, DatasetSpec]
+) -> pd.DataFrame:
     """The long table of a suite's records; their samples lie in the same folder."""
     module = suite(records[0].suite)
     names, methods = list(records[0].data), list(module.METHODS)
@@ -68,7 +69,9 @@ class _Cell:
         return float(np.mean(self.points[metric]))
 
 
-def _scored(record: Record, spec: DatasetSpec, sample: tuple[np.ndarray, np.ndarray, Any]) -> Scored:
+def _scored(
+    record: Record, spec: DatasetSpec, sample: tuple[np.ndarray, np.ndarray, Any]
+) -> Scored:
     _, labels, prediction = sample
     answers = None
     if spec.multi_label:
@@ -143,7 +146,7 @@ def _frame(
                     "record": ";".join(record.key for record in mine),
                 }
                 rows.append(row | _difference(cells, method, metric, module))
-                if metric in TESTED and (name, method, metric) in p_holm:
+                if (name, method, metric) in p_holm:
                     rows[-1]["p_holm"] = p_holm[name, method, metric]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
@@ -172,7 +175,7 @@ def _adjusted(
     if module.REFERENCE is None:
         return adjusted
     for method in found[AVERAGE]:
-        for metric in TESTED:
+        for metric in found[AVERAGE][method].points | next(iter(found.values()))[method].points:
             p = {}
             for name, cells in found.items():
                 permuted = cells[method].permuted.get(metric)
@@ -195,7 +198,9 @@ def csv_text(frame: pd.DataFrame) -> str:
     return text.getvalue()
 
 
-def render(folder: Path, records: Sequence[Record], specs: Mapping[str, DatasetSpec]) -> dict[str, str]:
+def render(
+    folder: Path, records: Sequence[Record], specs: Mapping[str, DatasetSpec]
+) -> dict[str, str]:
     """File name -> text of everything that a suite's records are shown as."""
     from bench.page import page
 

@@ -13,9 +13,7 @@ from bench.table import render
 from vitask.data.spec import Dataset
 
 
-def differences(
-    folder: Path, records: list[Record], datasets: Mapping[str, Dataset]
-) -> list[str]:
+def differences(folder: Path, records: list[Record], datasets: Mapping[str, Dataset]) -> list[str]:
     """What does not agree, a line each; empty if every file says what the samples say."""
     found = []
     for record in records:
@@ -38,7 +36,9 @@ def _record(folder: Path, record: Record, datasets: Mapping[str, Dataset]) -> li
         return [f"{path.name} is missing"]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != record.samples_sha256:
-        return [f"{path.name} has SHA-256 {digest[:16]}, the record says {record.samples_sha256[:16]}"]
+        return [
+            f"{path.name} has SHA-256 {digest[:16]}, the record says {record.samples_sha256[:16]}"
+        ]
     samples = read_samples(path)
     found = []
     if list(samples) != list(record.metrics):
@@ -50,7 +50,9 @@ def _record(folder: Path, record: Record, datasets: Mapping[str, Dataset]) -> li
             continue
         if not np.array_equal(labels, test.labels.reshape(len(test), -1)):
             wrong = (labels != test.labels.reshape(len(test), -1)).any(1)
-            found.append(f"{name}: {wrong.sum()} labels differ from the data's, first {ids[wrong][0]}")
+            found.append(
+                f"{name}: {wrong.sum()} labels differ from the data's, first {ids[wrong][0]}"
+            )
             continue
         answers = None
         if spec.multi_label:

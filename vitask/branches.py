@@ -56,9 +56,7 @@ def three_forwards(
     vlm: VLM, connector: ExemplarConnector | None, samples: Samples, variant: str
 ) -> BranchRows:
     """One forward of the language model per branch; branches without inputs are left out."""
-    hidden, labels, owner = response_hidden(
-        vlm, samples.prompts, samples.image, samples.responses
-    )
+    hidden, labels, owner = response_hidden(vlm, samples.prompts, samples.image, samples.responses)
     exemplar_hidden = negative_hidden = negative_rows = None
     if samples.exemplar is not None and connector is not None:
         tokens = image_and_exemplar(samples.image, connector(samples.exemplar), variant)

@@ -1,9 +1,9 @@
 """A tuned model as a whole: VLM with adapters, exemplar connector, TSM, and what it was tuned on.
 
-    model = VITask.from_pretrained("leaderboards/pocket-phantom/checkpoints/vitask-seed0")
-    model.predict("breastmnist", images)                      # with the TSM's exemplar
-    model.predict("breastmnist", images, exemplar=False)      # the VLM alone
-    model.plug(other_tsm)                                     # another TSM, nothing tuned
+model = VITask.from_pretrained("leaderboards/pocket-phantom/checkpoints/vitask-seed0")
+model.predict("breastmnist", images)                      # with the TSM's exemplar
+model.predict("breastmnist", images, exemplar=False)      # the VLM alone
+model.plug(other_tsm)                                     # another TSM, nothing tuned
 """
 
 import json
@@ -95,10 +95,12 @@ class VITask:
     ) -> Float[Tensor, "images tokens hidden"]:
         """What stands at the image's place in the prompt, with or without exemplar tokens."""
         wanted = self.tsm is not None if exemplar is None else exemplar
-        if wanted and self.tsm is None:
+        image = self.vlm.image_features(images)
+        if not wanted:
+            return image
+        if self.tsm is None:
             raise ValueError("no task-specific model in this checkpoint; use exemplar=False")
-        features = self.tsm.features(images, self.feature_kind) if wanted else None
-        return self.tokens(self.vlm.image_features(images), features)
+        return self.tokens(image, self.tsm.features(images, self.feature_kind))
 
     # From features
 
@@ -112,7 +114,9 @@ class VITask:
         if self.connector is None:
             raise ValueError("this model was tuned without exemplar: it has no connector")
         device = self.connector.linear_1.weight.device
-        exemplar = torch.cat([self.connector(part.to(device)).cpu() for part in features.split(1024)])
+        exemplar = torch.cat(
+            [self.connector(part.to(device)).cpu() for part in features.split(1024)]
+        )
         return image_and_exemplar(image, exemplar, self.recipe.variant)
 
     def score(
@@ -180,15 +184,15 @@ class VITask:
         folder = Path(folder)
         if not (folder / "vitask.json").is_file():
             raise ValueError(
-                f"no checkpoint at {folder}; expected a folder with vitask.json, as save_pretrained "
-                "and `python -m bench run` write it"
+                f"no checkpoint at {folder}; expected a folder with vitask.json, as "
+                "save_pretrained and `python -m bench run` write it"
             )
         card = json.loads((folder / "vitask.json").read_text())
         if card.get("format") != FORMAT:
             raise ValueError(
                 f"{folder / 'vitask.json'} has format {card.get('format')!r}; expected {FORMAT}"
             )
-        recipe = Recipe(**{k: _tuples(v) for k, v in card["recipe"].items()})
+        recipe = Recipe.of_json(card["recipe"])
         vlm = VLM.load(recipe.vlm, dtype=getattr(torch, recipe.precision), device=device)
         vlm.load_adapter(folder / "adapter")
         tsm = connector = None
@@ -212,13 +216,8 @@ def _task_card(task: Task) -> dict:
 
 
 def _task_of(card: dict) -> Task:
-    spec = DatasetSpec(**{k: _tuples(v) for k, v in card["spec"].items()})
+    spec = DatasetSpec(**card["spec"] | {"classes": tuple(card["spec"]["classes"])})
     members = np.zeros((len(card["answers"]), len(spec.classes)), dtype=bool)
     for row, present in enumerate(card["members"]):
         members[row, present] = True
     return Task(spec, Candidates(tuple(card["answers"]), members))
-
-
-def _tuples(value: object) -> object:
-    """JSON has no tuples; recipes and specs hold nothing else."""
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -85,7 +85,10 @@ def candidate_mask(
 def _scored(responses: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor, Tensor]:
     """For every response token: the position that predicts it (0 is the prompt's last), the
     token, and its response."""
-    row, token, owner, start = [], [], [], 1
+    row: list[int] = []
+    token: list[int] = []
+    owner: list[int] = []
+    start = 1
     for number, response in enumerate(responses):
         row += [0, *range(start, start + len(response) - 1)]
         token += response

@@ -107,9 +107,7 @@ class TuningStep(nn.Module):
 
     def forward(self, samples: Samples, weights: Weights) -> Losses:
         rows = three_forwards(self._vlm, self.connector, samples, self._recipe.variant)
-        return joint_loss(
-            self._vlm, rows, weights, detach_exemplar=self._recipe.detach_exemplar
-        )
+        return joint_loss(self._vlm, rows, weights, detach_exemplar=self._recipe.detach_exemplar)
 
 
 def tune(
@@ -129,20 +127,20 @@ def tune(
     Raises FloatingPointError as soon as a loss is not a finite number.
     """
     if recipe.exemplar and (tsm is None or exemplar is None):
-        raise ValueError(f"recipe {recipe.name!r} tunes with exemplars; expected a tsm and features")
+        raise ValueError(
+            f"recipe {recipe.name!r} tunes with exemplars; expected a tsm and features"
+        )
     accelerate.utils.set_seed(seed)
     kwargs = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = accelerate.Accelerator(kwargs_handlers=[kwargs])
     vlm.add_lora(rank=recipe.lora_rank, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout)
     connector = None
-    if recipe.exemplar:
+    if recipe.exemplar and tsm is not None:
         kind = "cls" if recipe.variant == "cls" else "all"
         connector = ExemplarConnector(tsm.feature_size(kind), vlm.hidden_size).to(vlm.device)
     data = TrainingSet.of(vlm, datasets, image, exemplar if recipe.exemplar else None)
     tasks = {name: Task.of(dataset) for name, dataset in datasets.items()}
-    model = VITask(
-        vlm, recipe, tasks, tsm=tsm if recipe.exemplar else None, connector=connector
-    )
+    model = VITask(vlm, recipe, tasks, tsm=tsm if recipe.exemplar else None, connector=connector)
 
     epochs = [
         make_batches(
@@ -193,7 +191,7 @@ def tune(
         log.losses.append({name: value / len(batches) for name, value in sums.items()})
         log.without_negative.append(sum(int((b.negative < 0).sum()) for b in batches))
         log.validation.append(validate(model, datasets, image, exemplar))
-        if best.offer(np.mean([v["mean"] for v in log.validation[-1].values()]), step):
+        if best.offer(float(np.mean([v["mean"] for v in log.validation[-1].values()])), step):
             log.chosen = epoch + 1
         on_epoch("vitask" if recipe.exemplar else "vanilla", epoch + 1, recipe.epochs)
     best.restore(step)
@@ -205,12 +203,13 @@ class _Best:
     """Keeps the trained parameters of the epoch that validated best (the first of equals)."""
 
     def __init__(self) -> None:
-        self._score, self._state = -1.0, {}
+        self._score = -1.0
+        self._state: dict[str, Tensor] = {}
 
     def offer(self, score: float, step: TuningStep) -> bool:
         if score <= self._score:
             return False
-        self._score = float(score)
+        self._score = score
         self._state = {n: p.detach().clone() for n, p in step.named_parameters() if _tuned(n)}
         return True
 
@@ -232,14 +231,15 @@ def validate(
     exemplar: Features | None,
 ) -> dict[str, dict[str, float]]:
     """Macro-F1 by constrained scoring on the val parts, "without" and "with" exemplar."""
-    modes = {"without": None}
+    modes: dict[str, Features | None] = {"without": None}
     if model.connector is not None:
         modes["with"] = exemplar
     curves = {}
     for mode, features in modes.items():
         scores = {}
         for name, dataset in datasets.items():
-            tokens = model.tokens(image(name, "val"), features and features(name, "val"))
+            kept = None if features is None else features(name, "val")
+            tokens = model.tokens(image(name, "val"), kept)
             task = model.tasks[name]
             predicted = decide(task.spec, model.score(name, tokens), task.candidates)
             scores[name] = macro_f1(task.spec, dataset.splits["val"].labels, predicted)

@@ -7,6 +7,7 @@ Its features become exemplar tokens (vitask/exemplar.py).
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -58,15 +59,14 @@ class TSM(nn.Module):
     ) -> None:
         super().__init__()
         if not timm.is_model(name):
-            near = timm.list_models(f"*{name.split('.')[0][:8]}*")[:5]
-            raise ValueError(f"timm has no model {name!r}; did you mean {', '.join(near)}?")
+            near = get_close_matches(name, timm.list_models(), n=4)
+            asked = f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models()"
+            raise ValueError(f"timm has no model {name!r}{asked}")
         classes = max(span.stop for span in spans.values())
         # Models with a fixed grid (ViT, hybrids) are told the size; the others take any.
         config = timm.get_pretrained_cfg(name)
         extra = {"img_size": size} if config is not None and config.fixed_input_size else {}
-        self.backbone = timm.create_model(
-            name, pretrained=pretrained, num_classes=classes, **extra
-        )
+        self.backbone = timm.create_model(name, pretrained=pretrained, num_classes=classes, **extra)
         self.name, self.spans, self.size = name, spans, size
         colours = self.backbone.pretrained_cfg
         self.register_buffer("mean", torch.tensor(colours["mean"]).view(3, 1, 1), persistent=False)

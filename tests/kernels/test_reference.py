@@ -16,9 +16,7 @@ SHAPES = st.tuples(st.integers(1, 6), st.integers(2, 9), st.integers(0, 2**31 - 
 def draw(shape, count=2, scale=2.0):
     tokens, vocab, seed = shape
     generator = torch.Generator().manual_seed(seed)
-    logits = scale * torch.randn(
-        count, tokens, vocab, generator=generator, dtype=torch.float64
-    )
+    logits = scale * torch.randn(count, tokens, vocab, generator=generator, dtype=torch.float64)
     labels = torch.randint(vocab, (tokens,), generator=generator)
     labels[torch.rand(tokens, generator=generator) < 0.3] = IGNORE_INDEX
     return *logits, labels
@@ -87,7 +85,10 @@ def test_crt_of_an_image_that_changes_nothing_is_log_vocab(shape):
 @given(SHAPES)
 def test_losses_add_up_over_row_splits(shape):
     a, b, labels = draw((shape[0] + 2, *shape[1:]))
-    for loss in (lambda s: response_loss(a[s], labels[s]), lambda s: rda_loss(a[s], b[s], labels[s])):
+    for loss in (
+        lambda s: response_loss(a[s], labels[s]),
+        lambda s: rda_loss(a[s], b[s], labels[s]),
+    ):
         parts = [slice(0, 2), slice(2, None)]
         counts = [(labels[part] != IGNORE_INDEX).sum() for part in parts]
         summed = sum(loss(part) * n for part, n in zip(parts, counts, strict=True))

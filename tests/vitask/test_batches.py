@@ -90,7 +90,9 @@ def test_one_seed_one_order():
     one, two, other = (
         make_batches(instructions, responses, 8, np.random.default_rng(s)) for s in (1, 1, 2)
     )
-    orders = [np.concatenate([b.samples for b in batches]).tolist() for batches in (one, two, other)]
+    orders = [
+        np.concatenate([b.samples for b in batches]).tolist() for batches in (one, two, other)
+    ]
     assert orders[0] == orders[1] != orders[2]
 
 

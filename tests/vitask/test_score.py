@@ -78,9 +78,7 @@ def test_scores_are_log_probabilities(model, tiny_datasets):
     scores = model.score("five", tokens)
     assert (scores < 0).all()
     assert (np.exp(scores).sum(-1) < 1).all()
-    np.testing.assert_allclose(
-        model.predict("five", images_of(tiny_datasets, "five")).sum(-1), 1.0
-    )
+    np.testing.assert_allclose(model.predict("five", images_of(tiny_datasets, "five")).sum(-1), 1.0)
 
 
 def test_the_image_and_the_exemplar_change_the_scores(model, tiny_datasets):

@@ -9,12 +9,14 @@ import torch
 
 from vitask.branches import Samples, three_forwards
 from vitask.checkpoint import VITask
+from vitask.exemplar import ExemplarConnector
 from vitask.features import Features
 from vitask.objective import Weights, joint_loss, stage_weights
 from vitask.recipes import POCKET, vanilla
 from vitask.selfcheck import check_image_sensitivity
 from vitask.train import TrainingSet, tune
 from vitask.tsm import TSM, heads, train_tsm
+from vitask.validation import ignore
 from vitask.vlm import VLM
 
 
@@ -40,7 +42,7 @@ def tsm(tiny_datasets):
     return TSM("test_resnet", heads(specs), 32).eval().requires_grad_(False)
 
 
-def run(recipe, datasets, tsm, seed=0):
+def run(recipe, datasets, tsm, seed=0, on_epoch=ignore):
     vlm = VLM.load(recipe.vlm)
     kind = "cls" if recipe.variant == "cls" else "all"
     return tune(
@@ -51,6 +53,7 @@ def run(recipe, datasets, tsm, seed=0):
         image=Features(datasets, vlm.image_features),
         tsm=tsm if recipe.exemplar else None,
         exemplar=Features(datasets, partial(tsm.features, kind=kind)) if recipe.exemplar else None,
+        on_epoch=on_epoch,
     )
 
 
@@ -114,46 +117,28 @@ def test_only_adapters_and_connector_change(recipe, tiny_datasets, tsm, tuned):
     assert all(v.abs().sum() > 0 for v in lora)
 
 
-def test_the_connector_stops_training_at_stage_2(recipe, tiny_datasets, tsm):
-    def connector(stage2_epochs):
-        # One schedule spans both stages: the same warm-up and cosine needs the same epochs.
-        both = replace(recipe, stage1_epochs=2 - stage2_epochs, stage2_epochs=stage2_epochs)
+def test_the_connector_stops_training_at_stage_2(recipe, tiny_datasets, tsm, monkeypatch):
+    made = []
+
+    class Watched(ExemplarConnector):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr("vitask.train.ExemplarConnector", Watched)
+
+    def after_each_epoch(stage2_epochs):
+        stages = {"stage1_epochs": 2 - stage2_epochs, "stage2_epochs": stage2_epochs}
         seen = []
 
         def watch(what, epoch, epochs):
-            seen.append(
-                {k: v.detach().clone() for k, v in model_parts["connector"].state_dict().items()}
-            )
+            seen.append({k: v.detach().clone() for k, v in made[-1].state_dict().items()})
 
-        model_parts = {}
-        import vitask.train as module
+        run(replace(recipe, **stages), tiny_datasets, tsm, on_epoch=watch)
+        return [all(torch.equal(seen[0][k], epoch[k]) for k in seen[0]) for epoch in seen]
 
-        original = module.ExemplarConnector
-
-        def remember(*args):
-            model_parts["connector"] = original(*args)
-            return model_parts["connector"]
-
-        module.ExemplarConnector = remember
-        try:
-            vlm = VLM.load(recipe.vlm)
-            tune(
-                vlm,
-                tiny_datasets,
-                both,
-                0,
-                image=Features(tiny_datasets, vlm.image_features),
-                tsm=tsm,
-                exemplar=Features(tiny_datasets, tsm.features),
-                on_epoch=watch,
-            )
-        finally:
-            module.ExemplarConnector = original
-        return seen
-
-    frozen, moving = connector(1), connector(0)
-    assert all(torch.equal(frozen[0][k], frozen[1][k]) for k in frozen[0])
-    assert any(not torch.equal(moving[0][k], moving[1][k]) for k in moving[0])
+    assert after_each_epoch(stage2_epochs=1) == [True, True]
+    assert after_each_epoch(stage2_epochs=0) == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -208,8 +193,6 @@ def test_plug_uses_the_other_tsm_through_the_same_connector(tuned, tiny_datasets
 def rows(recipe, tiny_datasets, tsm):
     """The three branches of one batch, adapters and connector random."""
     torch.manual_seed(0)
-    from vitask.exemplar import ExemplarConnector
-
     vlm = VLM.load(recipe.vlm)
     vlm.add_lora(rank=2, alpha=4, dropout=0.0)
     with torch.no_grad():
@@ -241,7 +224,9 @@ def test_negative_branch_is_the_same_response_after_the_other_image(rows):
         swapped = samples._replace(image=samples.image[[1, 1, 0, 4, 4]], negative=None)
         expected = three_forwards(vlm, None, swapped, "cls").hidden
     torch.testing.assert_close(done.negative_hidden, expected[done.negative_rows])
-    counts = [len(r) if n >= 0 else 0 for r, n in zip(samples.responses, samples.negative, strict=True)]
+    counts = [
+        len(r) if n >= 0 else 0 for r, n in zip(samples.responses, samples.negative, strict=True)
+    ]
     assert len(done.negative_rows) == sum(counts)
 
 

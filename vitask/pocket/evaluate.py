@@ -7,9 +7,7 @@ from vitask.score import generate
 from vitask.vlm import VLM
 
 
-def accuracy(
-    vlm: VLM, count: int, seed: int, *, shuffled: bool = False
-) -> dict[str, float]:
+def accuracy(vlm: VLM, count: int, seed: int, *, shuffled: bool = False) -> dict[str, float]:
     """Accuracy of each kind of question by greedy generation, exact match of the whole answer.
 
     shuffled: every picture gives its image to another one; a model that looks falls to chance.

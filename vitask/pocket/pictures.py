@@ -141,9 +141,7 @@ def _shapes(
                 far - r,
                 np.maximum(au, av) - 0.88 * r,
                 np.maximum(0.87 * au + 0.5 * v, -v - 0.1 * r) - 0.5 * r,
-                np.minimum(
-                    np.maximum(au - 0.3 * r, av - r), np.maximum(av - 0.3 * r, au - r)
-                ),
+                np.minimum(np.maximum(au - 0.3 * r, av - r), np.maximum(av - 0.3 * r, au - r)),
                 np.abs(far - 0.78 * r) - 0.24 * r,
                 (au + av - 1.15 * r) * 0.7,
             ]

@@ -109,9 +109,7 @@ def make_batch(vlm: VLM, rng: np.random.Generator) -> Batch:
         chosen = rng.permutation(kinds)[:QUESTIONS]
         asked = [ask(str(kind), int(pictures.facts[kind][i]), rng) for kind in chosen]
         asked.append(copying(vlm, rng))
-        turns = [
-            (vlm.prompt(q.instruction), vlm.response_ids(response(q.answer))) for q in asked
-        ]
+        turns = [(vlm.prompt(q.instruction), vlm.response_ids(response(q.answer))) for q in asked]
         before = turns[0][0].before
         rows.append(([*before, *image], [(list(p.after), list(r)) for p, r in turns]))
     facts = {
@@ -144,7 +142,9 @@ def collate(
     pad: int,
 ) -> Batch:
     """(prefix ids, [(question ids, answer ids), ...]) of every picture -> one padded batch."""
-    longest = max(len(prefix) + sum(len(q) + len(a) - 1 for q, a in turns) for prefix, turns in rows)
+    longest = max(
+        len(prefix) + sum(len(q) + len(a) - 1 for q, a in turns) for prefix, turns in rows
+    )
     shape = (len(rows), longest)
     ids = np.full(shape, pad)
     positions = np.zeros(shape, dtype=np.int64)

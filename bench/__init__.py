@@ -1,0 +1,1 @@
+"""The measuring: suites, metrics, statistics, records and leaderboards. `python -m bench`."""

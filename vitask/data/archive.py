@@ -1,0 +1,165 @@
+"""Read a `.npz` in MedMNIST's key layout, and refuse whatever is not exactly that.
+
+Keys `train_images`, `train_labels`, `val_images`, ... ; images uint8 (n, size, size) or
+(n, size, size, 3); labels integers (n, 1), or (n, classes) of 0 and 1 for multi-label.
+"""
+
+import hashlib
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from vitask.data.spec import PARTS, Dataset, DatasetSpec, Split, ids
+
+_GROUPS = "groups"
+
+
+def load_file(
+    path: Path,
+    spec: DatasetSpec,
+    *,
+    size: int,
+    source: str,
+    expected_md5: str | None = None,
+    allow_unverified: bool = False,
+) -> Dataset:
+    """The dataset in a file, after every check that the description allows.
+
+    size:             side of its images in pixels
+    expected_md5:     the publisher's; None where there is no official file
+    allow_unverified: go on when the MD5 differs, with `md5_ok` False; all other checks stay
+
+    ValueError names file, expected and found. Pickled arrays are never loaded.
+    """
+    _check_archive(path)
+    md5 = file_md5(path)
+    md5_ok = expected_md5 is None or md5 == expected_md5
+    if not md5_ok and not allow_unverified:
+        raise ValueError(
+            f"{path}: MD5 is {md5}, expected {expected_md5}; download the official file again "
+            f"(python -m bench data download), or admit this one with --allow-unverified "
+            f"{spec.name}: every result then says so"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            groups = _check_keys(path, archive.files, own=expected_md5 is None)
+            splits = {}
+            for part in PARTS:
+                images = _images(path, archive, f"{part}_images", spec, part, size)
+                labels = _labels(path, archive, f"{part}_labels", spec, part)
+                group = _group(path, archive, f"{part}_{_GROUPS}", len(images)) if groups else None
+                splits[part] = Split(images, labels, ids(spec.name, part, len(images)), group)
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path}: the archive is damaged ({error}); expected a whole .npz file: "
+            "copy or download it again"
+        ) from error
+    return Dataset(spec, splits, size, source, md5, md5_ok)
+
+
+def file_md5(path: Path) -> str:
+    """Hexadecimal MD5 of a file's bytes: a fingerprint, no protection against forgery."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _md5).hexdigest()
+
+
+def _md5() -> "hashlib._Hash":
+    return hashlib.md5(usedforsecurity=False)
+
+
+def _check_archive(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; put the .npz there, or name another data root")
+    if zipfile.is_zipfile(path):
+        return
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04":
+        raise ValueError(
+            f"{path}: the archive is truncated: it starts as a zip, but its table of contents is "
+            f"missing after {length} bytes; copy or download it again"
+        )
+    raise ValueError(
+        f"{path}: not a .npz (zip) archive: {length} bytes that start with {start!r}; expected "
+        "a file written by numpy.savez, or MedMNIST's own: copy or download it again"
+    )
+
+
+def _check_keys(path: Path, found: list[str], own: bool) -> bool:
+    """Whether the file has groups; a ValueError for keys too many or too few."""
+    needed = {f"{part}_{what}" for part in PARTS for what in ("images", "labels")}
+    grouped = {f"{part}_{_GROUPS}" for part in PARTS} if own else set()
+    missing, extra = needed - set(found), set(found) - needed - grouped
+    if grouped & set(found):
+        missing |= grouped - set(found)
+    if missing or extra:
+        raise ValueError(
+            f"{path}: keys are {sorted(found)}, expected {sorted(needed)}"
+            f"{' and, if any, ' + str(sorted(grouped)) if own else ''}; "
+            f"missing {sorted(missing)}, unknown {sorted(extra)}: this is another kind of file"
+        )
+    return bool(grouped & set(found))
+
+
+def _array(path: Path, archive: "np.lib.npyio.NpzFile", key: str) -> np.ndarray:
+    try:
+        return archive[key]
+    except ValueError as error:
+        reason = "holds pickled objects" if "allow_pickle" in str(error) else f"({error})"
+        raise ValueError(
+            f"{path}: {key} cannot be read: it {reason}; expected a plain numeric array. Pickles "
+            "can run code and are never loaded: save the array again with its own dtype"
+        ) from error
+
+
+def _images(
+    path: Path,
+    archive: "np.lib.npyio.NpzFile",
+    key: str,
+    spec: DatasetSpec,
+    part: str,
+    size: int,
+) -> np.ndarray:
+    images = _array(path, archive, key)
+    shape = (spec.n_samples[part], size, size, *((3,) if spec.n_channels == 3 else ()))
+    if images.shape != shape or images.dtype != np.uint8:
+        raise ValueError(
+            f"{path}: {key} is {images.dtype} {images.shape}, expected uint8 {shape}: "
+            f"{shape[0]} images of {size} pixels with {spec.n_channels} channel(s), as "
+            f"{spec.source} describes {spec.name}; another version or size of the file?"
+        )
+    return images
+
+
+def _labels(
+    path: Path, archive: "np.lib.npyio.NpzFile", key: str, spec: DatasetSpec, part: str
+) -> np.ndarray:
+    labels = _array(path, archive, key)
+    shape = (spec.n_samples[part], len(spec.classes) if spec.multi_label else 1)
+    if labels.shape != shape or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path}: {key} is {labels.dtype} {labels.shape}, expected integers {shape}, one row "
+            f"an image ({spec.task}); another version of the file?"
+        )
+    top = 1 if spec.multi_label else len(spec.classes) - 1
+    wrong = np.flatnonzero(((labels < 0) | (labels > top)).any(1))
+    if len(wrong):
+        raise ValueError(
+            f"{path}: {key} has labels out of range in {len(wrong)} row(s), first row {wrong[0]}: "
+            f"{labels[wrong[0]].tolist()}; expected 0 to {top}: correct the labels or the classes"
+        )
+    labels = labels.astype(np.int64)
+    return labels if spec.multi_label else labels[:, 0]
+
+
+def _group(path: Path, archive: "np.lib.npyio.NpzFile", key: str, count: int) -> np.ndarray:
+    groups = _array(path, archive, key)
+    if groups.shape != (count,) or groups.dtype.kind not in "Uiu":
+        raise ValueError(
+            f"{path}: {key} is {groups.dtype} {groups.shape}, expected texts or integers "
+            f"({count},), one an image"
+        )
+    return groups.astype(np.str_)

@@ -1,0 +1,136 @@
+"""Own datasets: a `.npz` in MedMNIST's key layout and a JSON card that describes it.
+
+`<name>.json` holds name, modality, task, label, n_channels, n_samples, license and source, as
+medmnist's INFO does; beside it lies `<name>.npz` with the images at 28 pixels, or
+`<name>_224.npz` at 224. Optional keys of the archive, `train_groups`, `val_groups`,
+`test_groups`, say which images belong together (one patient, one lesion). Further fields of the
+card are notes.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vitask.data.archive import load_file
+from vitask.data.spec import PARTS, TASKS, Dataset, DatasetSpec
+
+FIELDS = {
+    "name": str,
+    "modality": str,
+    "task": str,
+    "label": dict,
+    "n_channels": int,
+    "n_samples": dict,
+    "license": str,
+    "source": str,
+}
+_NAME = re.compile(r"[A-Za-z0-9][\w-]*")  # a name is part of paths and of ids
+
+
+def names(roots: Sequence[Path]) -> tuple[str, ...]:
+    """Names in the roots that have a card and an archive, in order of the roots."""
+    found = [
+        path.stem
+        for root in roots
+        for path in sorted(Path(root).glob("*.json"))
+        if _NAME.fullmatch(path.stem) and _archives(path)
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def begun(name: str, roots: Sequence[Path]) -> bool:
+    """A card without an archive, or an archive without a card, lies in a root."""
+    return bool(_NAME.fullmatch(name)) and any(
+        Path(root, f"{name}{ending}").is_file() for root in roots for ending in (".json", ".npz")
+    )
+
+
+def find(name: str, roots: Sequence[Path]) -> Path:
+    """The card in the first root that has card or archive; ValueError says what is missing."""
+    for root in roots:
+        card, archive = Path(root, f"{name}.json"), Path(root, f"{name}.npz")
+        if card.is_file():
+            return card
+        if archive.is_file():
+            raise ValueError(
+                f"{archive} has no card: {card} is missing; write one with the fields "
+                f"{', '.join(FIELDS)}"
+            )
+    raise ValueError(f"{name}.json is in none of {', '.join(map(str, roots)) or 'no data root'}")
+
+
+def read_card(path: Path) -> DatasetSpec:
+    """A card as a description; ValueError names the field, what it holds and what it should."""
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path}: not a JSON card ({error}); expected an object") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"{path}: holds a {type(card).__name__}; expected an object with fields")
+    if missing := [field for field in FIELDS if field not in card]:
+        raise ValueError(f"{path}: lacks {missing}; a card has the fields {', '.join(FIELDS)}")
+    for field, kind in FIELDS.items():
+        if not isinstance(card[field], kind) or isinstance(card[field], bool):
+            raise ValueError(
+                f"{path}: {field} is {card[field]!r}; expected a JSON "
+                f"{ {str: 'text', int: 'integer', dict: 'object'}[kind] }"
+            )
+    if card["name"] != path.stem:
+        raise ValueError(
+            f"{path}: name is {card['name']!r}; expected the file's, {path.stem!r}: rename one"
+        )
+    if card["task"] not in TASKS:
+        raise ValueError(f"{path}: task is {card['task']!r}; expected one of {list(TASKS)}")
+    try:
+        return DatasetSpec(
+            name=card["name"],
+            task=card["task"],
+            classes=_classes(card["label"]),
+            modality=card["modality"],
+            n_channels=card["n_channels"],
+            n_samples=_counts(card["n_samples"]),
+            license=card["license"],
+            source=card["source"],
+            head=card["name"],
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load(name: str, roots: Sequence[Path], *, size: int = 28) -> Dataset:
+    """The images of a card; there is no official MD5, so `md5` is the file's and `md5_ok` True."""
+    card = find(name, roots)
+    path = card.with_name(f"{name}{'' if size == 28 else f'_{size}'}.npz")
+    if not path.is_file():
+        there = [p.name for p in _archives(card)]
+        raise ValueError(
+            f"{path} is missing beside its card; found {there or 'no archive'}: put the images of "
+            f"{size} pixels there, or ask for another size"
+        )
+    return load_file(path, read_card(card), size=size, source="card")
+
+
+def _archives(card: Path) -> list[Path]:
+    ending = re.compile(re.escape(card.stem) + r"(_\d+)?\.npz")
+    return sorted(p for p in card.parent.glob(f"{card.stem}*.npz") if ending.fullmatch(p.name))
+
+
+def _classes(label: dict[str, Any]) -> tuple[str, ...]:
+    keys = [str(i) for i in range(len(label))]
+    if sorted(label) != sorted(keys) or not all(isinstance(v, str) for v in label.values()):
+        raise ValueError(
+            f"label is {label!r}; expected a text for each of the keys '0', '1', ... in order, "
+            "the labels of the archive"
+        )
+    return tuple(label[key] for key in keys)
+
+
+def _counts(n_samples: dict[str, Any]) -> dict[str, int]:
+    good = sorted(n_samples) == sorted(PARTS) and all(
+        type(count) is int and count > 0 for count in n_samples.values()
+    )
+    if not good:
+        raise ValueError(f"n_samples is {n_samples!r}; expected a count above 0 for {list(PARTS)}")
+    return {part: n_samples[part] for part in PARTS}

@@ -1,0 +1,77 @@
+"""Images that stand where they should not: in two parts, or under two labels.
+
+Found by the hash of their pixel bytes, so only exact copies are seen; a copy that was resized or
+compressed again is another image here.
+"""
+
+import hashlib
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitask.data.spec import PARTS, Dataset
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Sets of ids of identical images in one dataset. Ids of a set are in order of the parts.
+
+    across:      identical images that stand in two or more parts: test images seen in training
+    within:      identical images inside one part, none of them elsewhere
+    conflicting: identical images with different labels, wherever they stand
+    groups:      groups (patients, lesions) with images in two or more parts
+    """
+
+    dataset: str
+    across: tuple[tuple[str, ...], ...]
+    within: tuple[tuple[str, ...], ...]
+    conflicting: tuple[tuple[str, ...], ...]
+    groups: tuple[str, ...]
+
+    @property
+    def clean(self) -> bool:
+        """Nothing is in two parts and no labels conflict; copies within a part may be there."""
+        return not (self.across or self.conflicting or self.groups)
+
+    def lines(self, show: int = 3) -> list[str]:
+        """The report as text, with the first few of each kind."""
+        kinds = {
+            "image(s) that stand in two parts": self.across,
+            "image(s) that occur twice within a part": self.within,
+            "image(s) with conflicting labels": self.conflicting,
+            "group(s) that stand in two parts": tuple((group,) for group in self.groups),
+        }
+        done = []
+        for kind, found in kinds.items():
+            done.append(f"{self.dataset}: {len(found)} {kind}")
+            done.extend("    " + " = ".join(same) for same in found[:show])
+            if len(found) > show:
+                done.append(f"    and {len(found) - show} more")
+        return done
+
+
+def duplicates(dataset: Dataset) -> Duplicates:
+    """Identical images across and within parts, their conflicting labels, and torn groups."""
+    places = defaultdict(list)  # hash of the pixels -> (part, id, label bytes)
+    parts_of_group = defaultdict(set)
+    for part in PARTS:
+        split = dataset.splits[part]
+        for image, label, name in zip(split.images, split.labels, split.ids, strict=True):
+            pixels = np.ascontiguousarray(image).tobytes()
+            places[hashlib.sha256(pixels).digest()].append((part, str(name), label.tobytes()))
+        for group in () if split.groups is None else np.unique(split.groups):
+            parts_of_group[str(group)].add(part)
+    copies = [same for same in places.values() if len(same) > 1]
+    torn = [same for same in copies if len({part for part, _, _ in same}) > 1]
+    return Duplicates(
+        dataset=dataset.spec.name,
+        across=_ids(torn),
+        within=_ids([same for same in copies if len({part for part, _, _ in same}) == 1]),
+        conflicting=_ids([same for same in copies if len({label for _, _, label in same}) > 1]),
+        groups=tuple(group for group, parts in parts_of_group.items() if len(parts) > 1),
+    )
+
+
+def _ids(found: list[list[tuple[str, str, bytes]]]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(name for _, name, _ in same) for same in found)

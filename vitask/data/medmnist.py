@@ -1,0 +1,175 @@
+"""The 12 two-dimensional MedMNIST sets at 28, 64, 128 and 224 pixels.
+
+Classes, counts, MD5, addresses and licences come from the medmnist package's own `INFO`. It is
+read from the text of `medmnist/info.py`: importing the package takes seconds and makes a folder
+in the home. Only what the package does not state stands here.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Collection, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vitask.data.archive import file_md5, load_file
+from vitask.data.spec import PARTS, Dataset, DatasetSpec
+
+MODALITY = {
+    "pathmnist": "colon pathology",
+    "chestmnist": "chest X-ray",
+    "dermamnist": "dermatoscope",
+    "octmnist": "retinal OCT",
+    "pneumoniamnist": "chest X-ray",
+    "retinamnist": "fundus camera",
+    "breastmnist": "breast ultrasound",
+    "bloodmnist": "blood cell microscope",
+    "tissuemnist": "kidney cortex microscope",
+    "organamnist": "abdominal CT",
+    "organcmnist": "abdominal CT",
+    "organsmnist": "abdominal CT",
+}  # the order of the paper's tables
+
+# The International Clinical Diabetic Retinopathy scale; medmnist says '0' to '4' only.
+RETINOPATHY_GRADES = (
+    "no apparent retinopathy",
+    "mild nonproliferative retinopathy",
+    "moderate nonproliferative retinopathy",
+    "severe nonproliferative retinopathy",
+    "proliferative retinopathy",
+)
+_SHARED_HEAD = dict.fromkeys(("organamnist", "organcmnist", "organsmnist"), "organ")
+
+NAMES = tuple(MODALITY)
+SIZES = (28, 64, 128, 224)
+_CHUNK = 1 << 20  # bytes
+
+
+@cache
+def info() -> dict[str, dict[str, Any]]:
+    """medmnist's `INFO`, parsed and not imported; ImportError where the package is missing."""
+    package = importlib.util.find_spec("medmnist")
+    if package is None or package.origin is None:
+        raise ImportError("the package medmnist is not installed; pip install medmnist")
+    path = Path(package.origin).with_name("info.py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "INFO":
+            return ast.literal_eval(node.value)
+    raise ImportError(f"{path} has no INFO; expected medmnist 3.0")
+
+
+@cache
+def spec(name: str) -> DatasetSpec:
+    """The description of an official set, by its medmnist flag."""
+    entry = info()[name]
+    labels = entry["label"]
+    classes = tuple(labels[str(i)] for i in range(len(labels)))
+    return DatasetSpec(
+        name=name,
+        task=entry["task"],
+        classes=RETINOPATHY_GRADES if name == "retinamnist" else classes,
+        modality=MODALITY[name],
+        n_channels=entry["n_channels"],
+        n_samples={part: entry["n_samples"][part] for part in PARTS},
+        license=entry["license"],
+        source=f"MedMNIST v{importlib.metadata.version('medmnist')}, medmnist/info.py",
+        head=_SHARED_HEAD.get(name, name),
+    )
+
+
+def file_name(name: str, size: int) -> str:
+    """`breastmnist.npz` at 28 pixels, `breastmnist_224.npz` at 224."""
+    return f"{name}{_suffix(size)}.npz"
+
+
+def expected_md5(name: str, size: int) -> str:
+    """Of the official file."""
+    return info()[name][f"MD5{_suffix(size)}"]
+
+
+def load(
+    name: str, roots: Sequence[Path], *, size: int = 28, allow_unverified: Collection[str] = ()
+) -> Dataset:
+    """An official set from the first root that holds its file."""
+    return load_file(
+        find(name, size, roots),
+        spec(name),
+        size=size,
+        source="medmnist",
+        expected_md5=expected_md5(name, size),
+        allow_unverified=name in allow_unverified,
+    )
+
+
+def find(name: str, size: int, roots: Sequence[Path]) -> Path:
+    """The file in the first root that has it; ValueError names all roots searched."""
+    wanted = file_name(name, size)
+    for root in roots:
+        if (path := Path(root) / wanted).is_file():
+            return path
+    looked = [f"{root}{'' if Path(root).is_dir() else ' (no such folder)'}" for root in roots]
+    raise ValueError(
+        f"{wanted} is missing; looked in {', '.join(looked) or 'no data root at all'}. Give the "
+        "folder that holds it with --data-root, or fetch it with python -m bench data download "
+        f"{name}"
+    )
+
+
+def download(name: str, size: int, root: Path, *, timeout_seconds: float = 60.0) -> Path:
+    """Fetch an official file into `root`; nothing is left there unless its MD5 is right.
+
+    A file that is already there and right is kept; one that is there and wrong is an error.
+    """
+    if name not in NAMES:
+        raise ValueError(f"no MedMNIST set {name!r}; expected one of {', '.join(NAMES)}")
+    path, md5 = Path(root) / file_name(name, size), expected_md5(name, size)
+    if path.is_file():
+        if (found := file_md5(path)) == md5:
+            return path
+        raise ValueError(
+            f"{path} is there with MD5 {found}, expected {md5}; move it away to fetch it again"
+        )
+    url = info()[name][f"url{_suffix(size)}"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            found = _fetch(url, file, path, md5, timeout_seconds)
+        if found != md5:
+            raise ValueError(
+                f"{url} gave MD5 {found}, expected {md5}; nothing was kept. Try again: the "
+                "transfer may have broken off"
+            )
+        os.chmod(part, 0o644)  # mkstemp's files are for their owner only
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return path
+
+
+def _fetch(url: str, file: Any, path: Path, md5: str, timeout_seconds: float) -> str:
+    """Copy `url` into an open file; the MD5 of what came."""
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_seconds) as answer:
+            while chunk := answer.read(_CHUNK):
+                file.write(chunk)
+                digest.update(chunk)
+    except (urllib.error.URLError, OSError) as error:
+        raise ValueError(
+            f"{url} cannot be fetched ({error}). Without a network: fetch it elsewhere and put "
+            f"it at {path} (MD5 {md5})"
+        ) from error
+    return digest.hexdigest()
+
+
+def _suffix(size: int) -> str:
+    if size not in SIZES:
+        raise ValueError(f"MedMNIST has no size {size}; expected one of {list(SIZES)}")
+    return "" if size == 28 else f"_{size}"

@@ -1,0 +1,130 @@
+"""What a dataset is: its description, its parts, its images. The same form from every source."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, binary-class")
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """A classification task, as its publisher describes it."""
+
+    name: str
+    task: str  # one of TASKS, medmnist's own strings
+    classes: tuple[str, ...]  # index = label in the file; text = the answer the model must give
+    modality: str  # fills {modality} in the instruction
+    n_channels: int  # 1 | 3
+    n_samples: dict[str, int]  # per part, of the whole published set
+    license: str
+    source: str  # where every value above can be checked
+    head: str  # the TSM's head: OrganA, C and S share one, every other set has its own name
+
+    def __post_init__(self) -> None:
+        where = f"dataset {self.name!r}"
+        if self.task not in TASKS:
+            raise ValueError(f"{where}: task is {self.task!r}; expected one of {list(TASKS)}")
+        if self.n_channels not in (1, 3):
+            raise ValueError(f"{where}: n_channels is {self.n_channels!r}; expected 1 or 3")
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+            raise ValueError(
+                f"{where}: classes are {list(self.classes)}; expected two or more different names"
+            )
+        if self.task == "binary-class" and len(self.classes) != 2:
+            raise ValueError(f"{where}: {len(self.classes)} classes in a binary-class task")
+        for text in self.classes:
+            if not text.strip() or ";" in text:
+                raise ValueError(
+                    f"{where}: class name {text!r}; expected a text without a semicolon, which "
+                    "separates the names in an instruction"
+                )
+        if tuple(sorted(self.n_samples)) != tuple(sorted(PARTS)):
+            raise ValueError(
+                f"{where}: n_samples has {sorted(self.n_samples)}; expected {list(PARTS)}"
+            )
+
+    @property
+    def multi_label(self) -> bool:
+        """Several labels may hold for one image, or none."""
+        return self.task.startswith("multi-label")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images of one part, in the order of their source.
+
+    images: uint8 (n, h, w) or (n, h, w, 3)
+    labels: int64 (n,), or (n, classes) of 0 and 1 for multi-label
+    ids:    str (n,), "breastmnist/test/000012": place in the source, the same in every subset
+    groups: str (n,) or None: what must not be torn apart, such as the patient or the lesion
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    ids: np.ndarray
+    groups: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {len(a) for a in (self.images, self.labels, self.ids)}
+        if self.groups is not None:
+            sizes.add(len(self.groups))
+        assert len(sizes) == 1, f"images, labels, ids and groups differ in length: {sizes}"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: np.ndarray | Sequence[int]) -> "Split":
+        """The images at these places, in this order."""
+        at = np.asarray(indices, dtype=np.int64)
+        groups = None if self.groups is None else self.groups[at]
+        return Split(self.images[at], self.labels[at], self.ids[at], groups)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset with its images.
+
+    size:   side of the source images in pixels
+    source: "medmnist" | "card" | "phantom"
+    md5:    of the file, or for phantom of what the generator gave
+    md5_ok: False for a file admitted although its MD5 is not the official one
+    """
+
+    spec: DatasetSpec
+    splits: dict[str, Split]
+    size: int
+    source: str
+    md5: str
+    md5_ok: bool
+
+
+def ids(name: str, part: str, count: int) -> np.ndarray:
+    """str (count,): "breastmnist/test/000012"."""
+    return np.array([f"{name}/{part}/{i:06d}" for i in range(count)], dtype=np.str_)
+
+
+def shares(counts: np.ndarray, total: int) -> np.ndarray:
+    """Split `total` in proportion to `counts`, by largest remainder; int64, sums to `total`.
+
+    Nothing gets more than its count. Each non-empty entry gets at least 1 where total allows it,
+    else the largest entries get 1 each.
+    """
+    counts = np.asarray(counts, dtype=np.int64)
+    there = counts > 0
+    if total <= there.sum():
+        given = np.zeros_like(counts)
+        given[np.argsort(-counts, kind="stable")[:total]] = 1
+        return given
+    exact = total * counts / counts.sum()
+    given = np.minimum(np.maximum(np.floor(exact).astype(np.int64), there), counts)
+    while given.sum() != total:
+        if given.sum() < total:
+            room = np.where(given < counts, exact - given, -np.inf)
+            given[np.argmax(room)] += 1
+        else:
+            surplus = np.where(given > 1, given - exact, -np.inf)
+            given[np.argmax(surplus)] -= 1
+    return given
