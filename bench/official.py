@@ -1,54 +1,73 @@
 """Result files in MedMNIST's own form, readable by its Evaluator."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from bench.metrics import measure, scored
 from bench.record import Record, candidates_of, read_samples, write_text
-from vitask.data.spec import Dataset
+from bench.runs import specs_of
+
+FOLDER = "official"
 
 
-def write_official(
-    folder: Path, records: list[Record], datasets: Mapping[str, Dataset]
-) -> list[Path]:
-    """One file per method, seed and dataset: `{flag}{_size}_test_[AUC]..._[ACC]...@{run}.csv`.
+def write_official(folder: Path, records: Sequence[Record]) -> list[Path]:
+    """Write the result files of a suite's records, in place of older ones; returns them."""
+    texts = official_texts(folder, records)
+    for path in official_files(folder, records):
+        if path.name not in texts:
+            path.unlink()
+    for name, text in texts.items():
+        write_text(folder / FOLDER / name, text)
+    return [folder / FOLDER / name for name in texts]
 
-    For real, whole, verified MedMNIST test parts only. Rows: index and class probabilities, no
-    header. Returns what was written.
+
+def official_files(folder: Path, records: Sequence[Record]) -> list[Path]:
+    """The result files that lie there for these records, of whatever figures."""
+    places = (folder / FOLDER).glob("*.csv")
+    runs = {f"@{record.name}.csv" for record in records}
+    return sorted(path for path in places if path.name[path.name.rfind("@") :] in runs)
+
+
+def official_texts(folder: Path, records: Sequence[Record]) -> dict[str, str]:
+    """File name -> text, one per record and official dataset.
+
+    `{flag}{_size}_test_[AUC]..._[ACC]...@{run}.csv`; rows: index and class probabilities (no
+    log-probabilities), no header. For real, whole, verified MedMNIST test parts only.
     """
-    written = []
+    texts = {}
     for record in records:
-        samples = read_samples(folder / "samples" / f"{record.name}.parquet")
-        for name, (_, labels, prediction) in samples.items():
-            dataset = datasets[name]
-            if not is_official(dataset):
-                continue
-            spec = dataset.spec
+        official = [name for name, card in record.data.items() if is_official(card)]
+        if not official:
+            continue
+        samples, specs = (
+            read_samples(folder / "samples" / f"{record.name}.parquet"),
+            specs_of(record),
+        )
+        for name in (name for name in samples if name in official):
             answers = None
-            if spec.multi_label:
-                answers = candidates_of(record.candidates[name], len(spec.classes))
-            truth = labels if spec.multi_label else labels[:, 0]
-            data = scored(spec, truth, prediction, answers)
+            if specs[name].multi_label:
+                answers = candidates_of(record.candidates[name], len(specs[name].classes))
+            data = scored(specs[name], samples[name].labels, samples[name].prediction, answers)
             point = measure(data)
             file = file_name(
                 name,
-                dataset.size,
+                record.data[name]["size"],
                 auc=float(point["auc"][0]),
                 accuracy=float(point["medmnist_acc"][0]),
-                run=f"{record.method}-seed{record.seed}",
+                run=record.name,
             )
-            written.append(folder / "official" / file)
-            write_text(written[-1], _text(data.probability))
-    return written
+            texts[file] = _text(data.probability)
+    return texts
 
 
-def is_official(dataset: Dataset) -> bool:
-    """A verified file of MedMNIST with its whole test part."""
-    whole = len(dataset.splits["test"]) == dataset.spec.n_samples["test"]
-    return dataset.source == "medmnist" and dataset.md5_ok and whole
+def is_official(card: dict[str, Any]) -> bool:
+    """A verified file of MedMNIST with its whole test part, in a run without a limit."""
+    whole = card["images"]["test"] == card["spec"]["n_samples"]["test"]
+    return card["source"] == "medmnist" and card["md5_ok"] and card["limit"] is None and whole
 
 
 def file_name(flag: str, size: int, *, auc: float, accuracy: float, run: str) -> str:

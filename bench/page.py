@@ -20,6 +20,7 @@ TABLES = {
     "gen_macro_f1": "Generated answers: macro-F1 (secondary)",
     "gen_invalid": "Generated answers: share of invalid ones, counted as wrong, never guessed",
 }
+LOWER_IS_BETTER = ("ece", "gen_invalid")
 SIGNIFICANT = 0.05
 
 
@@ -51,6 +52,7 @@ def page(frame: pd.DataFrame, records: Sequence[Record], root: Path) -> str:
         unverified=[name for name, card in first.data.items() if not card["md5_ok"]],
         small=[n for n, card in first.data.items() if card["images"]["test"] < 500],
         coverage={n: c["coverage"] for r in records for n, c in r.candidates.items()},
+        published_note=module.PUBLISHED_NOTE,
         published=_published(module.PUBLISHED, root),
         recipe_json=json.dumps(first.recipe, indent=1),
         limit=next(iter(first.data.values()))["limit"],
@@ -83,7 +85,8 @@ def _cell(row: pd.Series) -> str:
     if not pd.isna(row["ci_low"]):
         text += f" [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
     if not pd.isna(row["p_holm"]) and row["p_holm"] < SIGNIFICANT:
-        text += " ▲" if row["diff_to_vanilla"] > 0 else " ▼"
+        better = (row["diff_to_vanilla"] > 0) != (row["metric"] in LOWER_IS_BETTER)
+        text += " ▲" if better else " ▼"
     return text
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -30,11 +31,13 @@ LIBRARIES = (
     "torch", "torchvision", "transformers", "peft", "timm", "medmnist", "triton", "accelerate",
     "scikit-learn", "numpy", "pandas", "pyarrow", "safetensors", "tokenizers",
 )  # fmt: skip
+_NUMBERS = re.compile(r"\[(\n[-+.,\deE\s]+)\]")  # JSON strings hold no line ends
 SCHEMA = pa.schema(
     [
         ("dataset", pa.string()),
         ("id", pa.string()),
-        ("label", pa.list_(pa.int16())),
+        ("label", pa.list_(pa.int16())),  # the class, or 0/1 of every label for multi-label
+        ("group", pa.string()),  # patient or lesion, where the data names it
         ("kind", pa.string()),
         ("log_probability", pa.list_(pa.float64())),
         ("generated", pa.string()),
@@ -44,7 +47,7 @@ SCHEMA = pa.schema(
 
 @dataclass
 class Record:
-    """One method, trained and scored once. See `contracts` in each field's name."""
+    """One method, trained and scored once. `data` and `command` let anyone make it again."""
 
     suite: str
     method: str
@@ -63,17 +66,27 @@ class Record:
     versions: dict[str, str]
     commit: str
     hardware: dict[str, Any]
-    measured: dict[str, Any] = field(default_factory=dict)  # seconds, peak_mib
+    measured: dict[str, Any] = field(default_factory=dict)  # seconds, peak_mib, sha256
 
     @property
     def name(self) -> str:
         return record_name(self.suite, self.method, self.seed)
 
     def write(self, folder: Path) -> None:
-        write_text(
-            folder / "records" / f"{self.name}.json",
-            json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        )
+        self.measured["sha256"] = self.digest()
+        write_text(folder / "records" / f"{self.name}.json", self.text())
+
+    def text(self) -> str:
+        """The file's text; numbers of a list stand on one line."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
+        return _NUMBERS.sub(lambda m: "[" + re.sub(r"\s+", " ", m[1].strip()) + "]", text) + "\n"
+
+    def digest(self) -> str:
+        """SHA-256 of everything else in the record: a changed byte is seen."""
+        content = asdict(self)
+        content["measured"].pop("sha256", None)
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
     def read(cls, path: Path) -> "Record":
@@ -115,6 +128,8 @@ def write_samples(
         columns["dataset"] += [prediction.dataset] * len(test)
         columns["id"] += test.ids.tolist()
         columns["label"] += test.labels.reshape(len(test), -1).tolist()
+        groups = test.groups
+        columns["group"] += [None] * len(test) if groups is None else groups.tolist()
         columns["kind"] += [prediction.kind] * len(test)
         columns["log_probability"] += prediction.log_probability.tolist()
         columns["generated"] += prediction.generated or [None] * len(test)
@@ -125,8 +140,18 @@ def write_samples(
     return hashlib.sha256(content).hexdigest()
 
 
-def read_samples(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray, Prediction]]:
-    """Per dataset: ids, labels (n, 1 or classes) and the prediction."""
+@dataclass(frozen=True)
+class Samples:
+    """The test images of one dataset as a samples file holds them; arrays as in a Split."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray | None
+    prediction: Prediction
+
+
+def read_samples(path: Path) -> dict[str, Samples]:
+    """What `write_samples` wrote, by dataset."""
     try:
         table = pq.read_table(path, schema=SCHEMA)
     except (OSError, pa.ArrowInvalid) as error:
@@ -135,11 +160,13 @@ def read_samples(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray, Predicti
     names = table["dataset"].to_pylist()
     for name in dict.fromkeys(names):
         rows = table.filter(pa.compute.equal(table["dataset"], name))
-        generated = rows["generated"].to_pylist()
-        found[name] = (
-            np.array(rows["id"].to_pylist()),
-            np.array(rows["label"].to_pylist(), dtype=np.int64),
-            Prediction(
+        generated, groups = rows["generated"].to_pylist(), rows["group"].to_pylist()
+        labels = np.array(rows["label"].to_pylist(), dtype=np.int64)
+        found[name] = Samples(
+            ids=np.array(rows["id"].to_pylist()),
+            labels=labels[:, 0] if labels.shape[1] == 1 else labels,
+            groups=None if groups[0] is None else np.array(groups),
+            prediction=Prediction(
                 dataset=name,
                 kind=rows["kind"][0].as_py(),
                 log_probability=np.array(rows["log_probability"].to_pylist(), dtype=np.float64),
@@ -147,6 +174,10 @@ def read_samples(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray, Predicti
             ),
         )
     return found
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def content_key(parts: Mapping[str, Any]) -> str:

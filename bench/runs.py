@@ -8,6 +8,8 @@ it is started again, and ends with the same files; a finished one is computed ag
 import fcntl
 import hashlib
 import json
+import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +20,21 @@ from typing import Any
 from bench import record as records
 from bench.metrics import confusion, measure, scored
 from bench.progress import Progress
-from bench.record import Record, content_key, record_name, write_samples, write_text
+from bench.record import (
+    Record,
+    content_key,
+    file_sha256,
+    record_name,
+    write_samples,
+    write_text,
+)
 from bench.suites import Context, Outcome, suite
 from vitask.data import load, subset
-from vitask.data.spec import Dataset
+from vitask.data.spec import Dataset, DatasetSpec
 from vitask.prompts import candidates, instruction
 from vitask.recipes import Recipe
+
+PARTS = ("records", "samples", "checkpoints", "official")  # folders of a run
 
 
 @dataclass(frozen=True)
@@ -73,14 +84,25 @@ class Plan:
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time writes a run's folder; the lock ends with the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    descriptor = os.open(folder, os.O_RDONLY)  # the folder itself: no lock file to leave behind
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
                 f"another run is writing {folder}; wait for it, or give another --out"
             ) from None
+        _sweep(folder)
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process was in the middle of writing: all of it has hidden names."""
+    for place in (folder, *(folder / part for part in PARTS)):
+        for path in place.glob(".*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -121,6 +143,8 @@ def run_suite(
     manifest = {} if fresh else read_manifest(folder)
     before = manifest.get(name, {})
     continues = before.get("key") == run_key and not before.get("finished")
+    if before and not (continues or before.get("finished") or resume):
+        progress.note(f"{name}: the unfinished run in {folder} is of another key; starting again")
     if not (continues or resume):
         _discard(folder, name)
     manifest[name] = {
@@ -202,13 +226,15 @@ def _prompts_sha256(datasets: dict[str, Dataset]) -> str:
 
 def _there(folder: Path, suite_name: str, method: str, seed: int, key: str) -> bool:
     path = folder / "records" / f"{record_name(suite_name, method, seed)}.json"
-    return path.is_file() and Record.read(path).key == key
+    samples = folder / "samples" / f"{path.stem}.parquet"
+    if not (path.is_file() and samples.is_file()):
+        return False
+    there = Record.read(path)
+    return there.key == key and file_sha256(samples) == there.samples_sha256
 
 
 def _discard(folder: Path, suite_name: str) -> None:
     """Remove a suite's records before it is computed again; its checkpoints go with them."""
-    import shutil
-
     for part, ending in (("records", "json"), ("samples", "parquet")):
         for path in (folder / part).glob(f"{suite_name}-*-seed*.{ending}"):
             path.unlink()
@@ -278,9 +304,19 @@ def _data_card(dataset: Dataset, plan: Plan) -> dict[str, Any]:
         "md5": dataset.md5,
         "md5_ok": dataset.md5_ok,
         "license": dataset.spec.license,
+        "spec": asdict(dataset.spec),
         "images": {part: len(split) for part, split in dataset.splits.items()},
         "limit": plan.limit,
     }
+
+
+def specs_of(record: Record) -> dict[str, DatasetSpec]:
+    """The descriptions of a record's datasets, as they were when it was made."""
+    specs = {}
+    for name, card in record.data.items():
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in card["spec"].items()}
+        specs[name] = DatasetSpec(**fields)
+    return specs
 
 
 def plan_of(

@@ -19,21 +19,18 @@ LEVEL = 0.95
 def bootstrap_weights(name: str, count: int, groups: np.ndarray | None = None) -> np.ndarray:
     """How often each image is drawn, uint16 (2000, n). Depends on the dataset's name alone."""
     rng = np.random.default_rng(zlib.crc32(f"bootstrap/{name}".encode()))
-    if groups is None:
-        drawn = rng.integers(count, size=(RESAMPLES, count))
-        return _counts(drawn, count)
-    _, member = np.unique(groups, return_inverse=True)
-    total = int(member.max()) + 1
-    return _counts(rng.integers(total, size=(RESAMPLES, total)), total)[:, member]
+    total, member = _members(count, groups)
+    weights = np.empty((RESAMPLES, count), dtype=np.uint16)
+    for resample in weights:
+        resample[:] = np.bincount(rng.integers(total, size=total), minlength=total)[member]
+    return weights
 
 
 def swaps(name: str, count: int, groups: np.ndarray | None = None) -> np.ndarray:
     """Which images change method, bool (2000, n); images of one group change together."""
     rng = np.random.default_rng(zlib.crc32(f"permutation/{name}".encode()))
-    if groups is None:
-        return rng.random((RESAMPLES, count)) < 0.5
-    _, member = np.unique(groups, return_inverse=True)
-    return (rng.random((RESAMPLES, int(member.max()) + 1)) < 0.5)[:, member]
+    total, member = _members(count, groups)
+    return rng.integers(2, size=(RESAMPLES, total), dtype=np.uint8).astype(bool)[:, member]
 
 
 def resampled(seeds: Sequence[Scored], weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -156,7 +153,9 @@ def _chunked(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _counts(drawn: np.ndarray, total: int) -> np.ndarray:
-    flat = (drawn + np.arange(len(drawn))[:, None] * total).ravel()
-    counts = np.bincount(flat, minlength=len(drawn) * total)
-    return counts.reshape(len(drawn), total).astype(np.uint16)
+def _members(count: int, groups: np.ndarray | None) -> tuple[int, np.ndarray]:
+    """Number of groups, and each image's; without groups every image is its own."""
+    if groups is None:
+        return count, np.arange(count)
+    names, member = np.unique(groups, return_inverse=True)
+    return len(names), member

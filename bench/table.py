@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bench.metrics import Scored, scored
-from bench.record import Record, candidates_of, read_samples, write_text
+from bench.record import Record, Samples, candidates_of, read_samples, write_text
 from bench.stats import (
     bootstrap_weights,
     holm,
@@ -51,7 +51,7 @@ def tabulate(
             seeds = [_scored(r, specs[name], samples[r.name][name]) for r in mine]
             points = [r.metrics[name] for r in mine]
             found[name][method] = _Cell(points, seeds)
-        _resample(name, found[name], module)
+        _resample(name, found[name], samples[records[0].name][name].groups, module)
     found[AVERAGE] = _average(found, methods)
     return _frame(found, cells, records, module)
 
@@ -69,22 +69,17 @@ class _Cell:
         return float(np.mean(self.points[metric]))
 
 
-def _scored(
-    record: Record, spec: DatasetSpec, sample: tuple[np.ndarray, np.ndarray, Any]
-) -> Scored:
-    _, labels, prediction = sample
+def _scored(record: Record, spec: DatasetSpec, sample: Samples) -> Scored:
     answers = None
     if spec.multi_label:
         answers = candidates_of(record.candidates[spec.name], len(spec.classes))
-    else:
-        labels = labels[:, 0]
-    return scored(spec, labels, prediction, answers)
+    return scored(spec, sample.labels, sample.prediction, answers)
 
 
-def _resample(name: str, cells: dict[str, _Cell], module: Suite) -> None:
+def _resample(name: str, cells: dict[str, _Cell], groups: np.ndarray | None, module: Suite) -> None:
     """Bootstrap every method with the same indices; permute against the reference."""
     count = len(next(iter(cells.values())).seeds[0].labels)
-    weights, swap = bootstrap_weights(name, count), swaps(name, count)
+    weights, swap = bootstrap_weights(name, count, groups), swaps(name, count, groups)
     for cell in cells.values():
         cell.resampled = resampled(cell.seeds, weights)
     if module.REFERENCE is not None:
@@ -175,7 +170,7 @@ def _adjusted(
     if module.REFERENCE is None:
         return adjusted
     for method in found[AVERAGE]:
-        for metric in found[AVERAGE][method].points | next(iter(found.values()))[method].points:
+        for metric in dict.fromkeys(m for cells in found.values() for m in cells[method].points):
             p = {}
             for name, cells in found.items():
                 permuted = cells[method].permuted.get(metric)

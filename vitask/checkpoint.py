@@ -106,7 +106,7 @@ class VITask:
 
     @torch.no_grad()
     def tokens(
-        self, image: Float[Tensor, "images tokens hidden"], features: Tensor | None
+        self, image: Float[Tensor, "images image_tokens hidden"], features: Tensor | None
     ) -> Float[Tensor, "images tokens hidden"]:
         """Image features and TSM features (None: no exemplar) -> tokens at the image's place."""
         if features is None:

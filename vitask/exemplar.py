@@ -31,7 +31,7 @@ class ExemplarConnector(nn.Module):
         return self.linear_1.in_features
 
     def forward(
-        self, features: Float[Tensor, "batch *tokens features"]
+        self, features: Float[Tensor, "batch *any features"]
     ) -> Float[Tensor, "batch tokens hidden"]:
         """(batch, features) gives one exemplar token, (batch, tokens, features) as many."""
         if features.shape[-1] != self.features:

@@ -27,7 +27,7 @@ def instruction(spec: "DatasetSpec") -> str:
     return INSTRUCTION.format(modality=spec.modality, labels=SEPARATOR.join(labels))
 
 
-def answer(spec: "DatasetSpec", label: "int | np.ndarray") -> str:
+def answer(spec: "DatasetSpec", label: "int | np.integer | np.ndarray") -> str:
     """Label -> answer text: a class name, or the present labels in dataset order."""
     if not spec.multi_label:
         return spec.classes[int(label)]

@@ -3,6 +3,8 @@
 METHODS     name -> what it is; the rows of its table
 REFERENCE   the method that differences and p-values are taken against, or None
 PUBLISHED   file in leaderboards/published shown beside it, or None
+PUBLISHED_NOTE
+            what the published numbers are and why they differ, shown above them
 units(recipe) -> float
             one seed's work in arbitrary units, for the time left; `run` advances as many
 run(context, seed, wanted) -> Iterator[Outcome]
@@ -58,6 +60,7 @@ class Suite(Protocol):
     METHODS: dict[str, str]
     REFERENCE: str | None
     PUBLISHED: str | None
+    PUBLISHED_NOTE: str
 
     @staticmethod
     def units(recipe: "Recipe") -> float: ...

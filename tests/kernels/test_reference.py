@@ -166,6 +166,6 @@ def test_labels_outside_the_vocabulary_are_named(logits, labels, message):
 
 
 @PAIRED
-def test_another_vocabulary_is_refused(loss):
-    with pytest.raises(ValueError, match=r"(?s)\(3, 6\).*\(3, 5\)|vocab"):
+def test_another_vocabulary_is_refused(loss, unchecked):
+    with pytest.raises(ValueError, match=r"_logits has shape \(3, 6\)"):
         loss(torch.zeros(3, 5), torch.zeros(3, 6), torch.tensor([0, 1, 2]))

@@ -158,11 +158,13 @@ def test_a_question_in_a_row_of_many_reads_as_if_it_stood_alone():
 
 
 def test_fifty_steps_twice_give_the_same_weights(monkeypatch):
-    monkeypatch.setattr(train, "PICTURES", 3)  # the same code on less
+    monkeypatch.setattr(train, "SEEING_STEPS", 25)  # the same code on less
+    monkeypatch.setattr(train, "SEEN", 8)
+    monkeypatch.setattr(train, "PICTURES", 3)
     runs = []
     for _ in range(2):
         vlm = fresh()
-        losses = list(train.pretrain(vlm, 50, 0, schedule_steps=STEPS))
+        losses = list(train.pretrain(vlm, 50, 0, whole=STEPS))
         runs.append((losses, vlm.model.state_dict()))
     (losses, weights), (again, others) = runs
     assert losses == again

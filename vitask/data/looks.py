@@ -59,7 +59,7 @@ def paint(base: np.ndarray, mask: np.ndarray, colour: np.ndarray) -> np.ndarray:
 
 
 def _tint(rng: np.random.Generator, n: int, colour: tuple[float, ...], spread: float) -> np.ndarray:
-    return np.float32(colour) + column(rng, n, -spread, spread, len(colour))
+    return np.asarray(colour, dtype=np.float32) + column(rng, n, -spread, spread, len(colour))
 
 
 def _field(
@@ -110,12 +110,12 @@ def fundus(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
     base = _field(rng, n, (0.06, 0.05, 0.05), 0.03)
     disc = blob(rng, n, radius=(0.92, 1.0), wobble=0.02, shift=0.05)
     base = paint(base, disc, _tint(rng, n, (0.68, 0.40, 0.22), 0.12))
-    side = rng.choice(np.float32([-1, 1]), (n, 1, 1)) * column(rng, n, 0.35, 0.6)
+    side = rng.choice(np.array([-1, 1], dtype=np.float32), (n, 1, 1)) * column(rng, n, 0.35, 0.6)
     nerve = np.exp(-((_X - side) ** 2 + (_Y - column(rng, n, -0.2, 0.2)) ** 2) / 0.03)
     base = paint(base, 0.8 * nerve, _tint(rng, n, (0.9, 0.75, 0.5), 0.06))
     arc = np.abs(np.abs(_Y) - column(rng, n, 0.3, 0.5) - 0.3 * (_X - side) * np.sign(-side))
     vessel = 0.35 * disc * np.clip(1 - arc / 0.07, 0, 1)
-    return paint(base, vessel, np.float32([0.4, 0.12, 0.1])), disc
+    return paint(base, vessel, np.array([0.4, 0.12, 0.1], dtype=np.float32)), disc
 
 
 def ultrasound(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:

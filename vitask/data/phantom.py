@@ -143,7 +143,7 @@ def marks() -> np.ndarray:
         pair = [mark, mark[::-1]]
         if _alike(*pair) < ALIKE and all(_alike(p, c) < ALIKE for p in pair for c in chosen):
             chosen += pair
-    return np.float32(chosen)
+    return np.stack(chosen).astype(np.float32)
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> float:

@@ -3,5 +3,5 @@
 from pathlib import Path
 
 POCKET = Path(__file__).parent / "weights"  # a transformers folder, as any other checkpoint
-STEPS = 800
+STEPS = 900
 SEED = 0

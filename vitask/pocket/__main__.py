@@ -62,7 +62,7 @@ def train(steps: int, seed: int) -> "tuple[VLM, dict[str, Any]]":
     processor = make_processor()
     vlm = VLM(make_model(processor, seed), processor, "pocket")
     start, recent = time.perf_counter(), []
-    for step, loss in enumerate(pretrain(vlm, steps, seed, schedule_steps=STEPS), start=1):
+    for step, loss in enumerate(pretrain(vlm, steps, seed, whole=STEPS), start=1):
         recent.append(loss)
         if step % 50 == 0:
             mean, seconds = sum(recent) / len(recent), time.perf_counter() - start

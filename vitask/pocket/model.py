@@ -46,4 +46,10 @@ def make_model(processor: InternVLProcessor, seed: int) -> InternVLForConditiona
         tie_word_embeddings=False,
     )
     torch.manual_seed(seed)
-    return InternVLForConditionalGeneration(config)
+    model = InternVLForConditionalGeneration(config)
+    with torch.no_grad():
+        # By fan-in: transformers' 0.02 is made for wide models, at this width it learns late.
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter.flatten(1).shape[1] ** -0.5)
+    return model

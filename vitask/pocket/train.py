@@ -1,11 +1,12 @@
-"""Pre-training of the pocket VLM: pictures, several questions each, one row a picture.
+"""Pre-training of the pocket VLM: first it learns to see, then to answer.
 
-A row is [prefix image | question answer | question answer | ...]; every question sees the image
-and itself only, so a picture is encoded once for all its questions.
+Seeing: linear heads read every fact off the image tokens, and train the vision tower and the
+connector. Without this start the loss of the answers stayed at their entropy for 250 steps.
 
-Beside the answers, linear heads read every fact off the image tokens. They give the vision tower
-a signal from the first step on, long before the language model has learnt to look (without them
-the loss stayed at the answers' entropy for 200 steps), and are thrown away at the end.
+Answering: pictures, several questions each, one row a picture. A row is
+[prefix image | question answer | question answer | ...]; every question sees the image and itself
+only, so a picture is encoded once for all its questions. The heads stay on, and are thrown away
+at the end.
 """
 
 from collections.abc import Iterator
@@ -18,15 +19,17 @@ from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 from kernels import IGNORE_INDEX, response_loss
-from vitask.pocket.pictures import draw
+from vitask.pocket.pictures import Pictures, draw
 from vitask.pocket.questions import KINDS, LISTED, ORDINALS, Question, ask
 from vitask.prompts import response
 from vitask.vlm import VLM
 
-PICTURES = 48  # a step
+SEEING_STEPS = 400
+SEEN = 128  # pictures a step while learning to see
+PICTURES = 48  # a step while learning to answer
 QUESTIONS = 4  # a picture, and one task of copying
 LEARNING_RATE = 2e-3
-WARMUP = 100  # steps
+WARMUP = 50  # steps
 
 
 @dataclass(frozen=True)
@@ -44,48 +47,86 @@ class Batch:
     labels: Tensor
 
 
-def pretrain(
-    vlm: VLM, steps: int, seed: int, *, schedule_steps: int | None = None
-) -> Iterator[float]:
-    """Train all of `vlm` in place; gives the loss of every step in nats per response token.
+def pretrain(vlm: VLM, steps: int, seed: int, *, whole: int) -> Iterator[float]:
+    """Train all of `vlm` in place for the first `steps` of a training of `whole` steps.
 
-    schedule_steps: steps of the learning rate's schedule, by default `steps`.
+    Gives each step's loss: of the facts in nats, then of the response tokens in nats per token.
     """
-    model = vlm.model.train().requires_grad_(True)
-    facts = FactHeads(vlm)
-    trained = [*model.parameters(), *facts.parameters()]
-    decayed = [p for p in trained if p.ndim > 1]
-    others = [p for p in trained if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-        lr=LEARNING_RATE,
-        betas=(0.9, 0.98),
-        fused=True,
+    vlm.model.train().requires_grad_(True)
+    heads = FactHeads(vlm, seed)
+    seeing = min(SEEING_STEPS, steps)
+    yield from _see(vlm, heads, seeing, seed)
+    yield from _answer(vlm, heads, steps - seeing, seed, whole - SEEING_STEPS)
+    vlm.model.eval().requires_grad_(False)
+
+
+def _see(vlm: VLM, heads: "FactHeads", steps: int, seed: int) -> Iterator[float]:
+    eye = nn.ModuleList(
+        [vlm.model.model.vision_tower, vlm.model.model.multi_modal_projector, heads]
     )
-    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, schedule_steps or steps)
+    update = _Update(eye, SEEING_STEPS)
     for step in range(steps):
-        batch = make_batch(vlm, np.random.default_rng([seed, step]))
-        embeddings = vlm.embed(batch.ids)
-        features = model.model.get_image_features(vlm.pixel_values(batch.images)).pooler_output
+        pictures = draw(SEEN, np.random.default_rng([seed, step]))
+        loss = heads(_image_features(vlm, pictures.images), settled(pictures))
+        update(loss)
+        yield float(loss.detach())
+
+
+def _answer(
+    vlm: VLM, heads: "FactHeads", steps: int, seed: int, schedule_steps: int
+) -> Iterator[float]:
+    update = _Update(nn.ModuleList([vlm.model, heads]), schedule_steps)
+    for step in range(steps):
+        batch = make_batch(vlm, np.random.default_rng([seed, SEEING_STEPS + step]))
+        features = _image_features(vlm, batch.images)
         place = (batch.ids == vlm.processor.image_token_id).unsqueeze(-1)
-        embeddings = embeddings.masked_scatter(place, features)
+        embeddings = vlm.embed(batch.ids).masked_scatter(place, features)
         hidden = vlm.hidden(embeddings, mask=batch.mask, positions=batch.positions)
         keep = batch.labels != IGNORE_INDEX
         loss = response_loss(vlm.logits(hidden[keep]), batch.labels[keep])
-        (loss + facts(features, batch.facts)).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        update(loss + heads(features, batch.facts))
         yield float(loss.detach())
-    model.eval().requires_grad_(False)
+
+
+class _Update:
+    """AdamW with warm-up, cosine and clipping; weight decay on matrices alone."""
+
+    def __init__(self, module: nn.Module, steps: int) -> None:
+        self._parameters = list(module.parameters())
+        groups = [
+            {"params": [p for p in self._parameters if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in self._parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+        self._schedule = get_cosine_schedule_with_warmup(self._optimizer, WARMUP, steps)
+
+    def __call__(self, loss: Tensor) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+
+
+def _image_features(vlm: VLM, images: np.ndarray) -> Tensor:
+    """Image tokens with their gradient (`VLM.image_features` has none)."""
+    return vlm.model.model.get_image_features(vlm.pixel_values(images)).pooler_output
+
+
+def settled(pictures: Pictures) -> dict[str, Tensor]:
+    """Facts as labels: IGNORE_INDEX where the picture does not settle them."""
+    return {
+        kind: torch.from_numpy(np.where(fact < 0, IGNORE_INDEX, fact))
+        for kind, fact in pictures.facts.items()
+    }
 
 
 class FactHeads(nn.Module):
     """One linear head a kind, over all image tokens; mean cross-entropy of the settled facts."""
 
-    def __init__(self, vlm: VLM) -> None:
+    def __init__(self, vlm: VLM, seed: int) -> None:
         super().__init__()
+        torch.manual_seed(seed)
         width = vlm.processor.image_seq_length * vlm.hidden_size
         self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleDict({k: nn.Linear(width, len(a)) for k, a in KINDS.items()})
@@ -112,11 +153,8 @@ def make_batch(vlm: VLM, rng: np.random.Generator) -> Batch:
         turns = [(vlm.prompt(q.instruction), vlm.response_ids(response(q.answer))) for q in asked]
         before = turns[0][0].before
         rows.append(([*before, *image], [(list(p.after), list(r)) for p, r in turns]))
-    facts = {
-        kind: torch.from_numpy(np.where(fact < 0, IGNORE_INDEX, fact))
-        for kind, fact in pictures.facts.items()
-    }
-    return collate(pictures.images, facts, rows, vlm.processor.tokenizer.pad_token_id)
+    pad = vlm.processor.tokenizer.pad_token_id
+    return collate(pictures.images, settled(pictures), rows, pad)
 
 
 def copying(vlm: VLM, rng: np.random.Generator) -> Question:

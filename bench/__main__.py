@@ -1,0 +1,419 @@
+"""The command line: python -m bench run main, list, report, verify, data, doctor, predict.
+
+Nothing heavy is imported before it is needed, so `--help` and `list` answer at once.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from bench.record import Record
+    from bench.runs import Plan
+    from vitask.data.spec import Dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+FAILED, MISUSED = 1, 2  # exit codes
+
+app = typer.Typer(
+    help="VITask: train, measure and compare, from data to leaderboard.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Fetch and check the data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Roots = Annotated[
+    list[Path] | None,
+    typer.Option("--data-root", help="Folder with .npz files; may be given several times."),
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder of all runs.")]
+Unverified = Annotated[
+    str, typer.Option(help="Official sets whose MD5 may differ, a,b,...; every row then says so.")
+]
+
+
+class UnknownName(ValueError):
+    """A name on the command line that stands for nothing."""
+
+
+def clean(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors that our own boundary raises come as one message, all others with their trace."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except UnknownName as error:
+            _stop(str(error), MISUSED)
+        except (ValueError, FileNotFoundError) as error:
+            if not _ours(error):
+                raise
+            _stop(str(error), FAILED)
+        except KeyboardInterrupt:
+            _stop("interrupted; the same command continues", FAILED)
+
+    return wrapped
+
+
+@app.command()
+@clean
+def run(
+    suites: Annotated[list[str] | None, typer.Argument(help="Suites; see `list`.")] = None,
+    all_suites: Annotated[bool, typer.Option("--all", help="Every suite.")] = False,
+    recipe: Annotated[str, typer.Option(help="A named experiment; see `list`.")] = "pocket",
+    data: Annotated[str, typer.Option(help="phantom | medmnist")] = "phantom",
+    data_root: Roots = None,
+    datasets: Annotated[str, typer.Option(help="a,b,...; default: the recipe's own.")] = "",
+    seeds: Annotated[str, typer.Option(help="0,1,...")] = "0",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most N images a part.")] = None,
+    out: Out = Path("leaderboards"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what a finished run of the same key has.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Throw away what is there, unfinished work too.")
+    ] = False,
+    allow_unverified: Unverified = "",
+) -> None:
+    """Run suites. A run that was interrupted continues; its results are on disk as they come."""
+    from bench.suites import SUITES
+    from vitask.data import SOURCES, spec
+    from vitask.guard import refuse_hub_kernels
+    from vitask.recipes import RECIPES
+
+    if all_suites == bool(suites):
+        raise UnknownName("name the suites to run, or give --all (one of the two)")
+    if resume and fresh:
+        raise UnknownName("--resume keeps and --fresh throws away: give one of them")
+    wanted = list(SUITES) if all_suites else list(dict.fromkeys(suites or []))
+    for name in wanted:
+        _known("suite", name, SUITES)
+    _known("recipe", recipe, RECIPES)
+    _known("data source", data, SOURCES)
+    roots, chosen = tuple(data_root or ()), RECIPES[recipe]
+    own = chosen.datasets(data)
+    names = _in_order(_words(datasets) or own, own)
+    _resolved(lambda: [spec(name, roots=roots) for name in (*names, *_words(allow_unverified))])
+    refuse_hub_kernels()
+
+    from bench.runs import Plan
+
+    plan = Plan(
+        recipe=chosen,
+        source=data,
+        names=names,
+        roots=roots,
+        allow_unverified=_words(allow_unverified),
+        limit=limit,
+        out=out,
+        seeds=_seeds(seeds),
+    )
+    failed = _run(wanted, plan, resume=resume, fresh=fresh)
+    for name, error in failed.items():
+        typer.echo(f"failed: {name}: {error}", err=True)
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def _run(wanted: Sequence[str], plan: "Plan", *, resume: bool, fresh: bool) -> dict[str, str]:
+    """Suite by suite; one that fails does not take the others down. Returns what failed."""
+    from bench import runs, table
+    from bench.official import write_official
+    from bench.progress import Progress
+    from bench.record import command_line
+    from bench.suites import suite
+
+    datasets, failed, cache = plan.datasets(), {}, {}
+    specs = {name: dataset.spec for name, dataset in datasets.items()}
+    units = sum(suite(name).units(plan.recipe) for name in wanted) * len(plan.seeds)
+    with runs.locked(plan.folder), Progress(units) as progress:
+        for name in wanted:
+            try:
+                records = runs.run_suite(
+                    name,
+                    plan,
+                    datasets,
+                    progress,
+                    command=command_line(plan.roots, plan.out),
+                    resume=resume,
+                    fresh=fresh,
+                    cache=cache,
+                )
+                progress.note(f"{name}: bootstrap, tests and tables")
+                written = table.write(plan.folder, records, specs)
+                write_official(plan.folder, records)
+            except Exception as error:  # the other suites go on
+                if not _ours(error):
+                    traceback.print_exc()
+                failed[name] = f"{type(error).__name__}: {error}"
+                continue
+            progress.note(f"{name}: wrote {', '.join(map(str, written))}")
+            fresh = False  # once for the folder, not again for the next suite
+    return failed
+
+
+@app.command("list")
+@clean
+def show(data_root: Roots = None) -> None:
+    """Suites with their methods, recipes and datasets."""
+    from bench.suites import SUITES, suite
+    from vitask.data import specs
+    from vitask.recipes import RECIPES
+
+    typer.echo("suites")
+    for name in SUITES:
+        module = suite(name)
+        about = (module.__doc__ or "").strip().splitlines()
+        typer.echo(f"  {name}: {about[0] if about else ''}")
+        for method, what in module.METHODS.items():
+            typer.echo(f"    {method:20} {what}")
+    typer.echo("recipes")
+    for recipe in RECIPES.values():
+        typer.echo(
+            f"  {recipe.name:20} VLM {recipe.vlm}, TSM {recipe.tsm}, {recipe.source_size} px"
+        )
+    typer.echo("datasets (the first 12 also as phantom)")
+    for spec in specs("medmnist", tuple(data_root or ())).values():
+        kind = f"{len(spec.classes)} classes, {spec.task}"
+        typer.echo(f"  {spec.name:20} {spec.modality}, {kind}, {spec.license}")
+
+
+@app.command()
+@clean
+def report(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Runs; default: all.")] = None,
+    out: Out = Path("leaderboards"),
+) -> None:
+    """Render tables and pages again from the records and samples; needs no data."""
+    from bench import runs, table
+    from bench.official import write_official
+
+    for folder in _runs(folders, out):
+        with runs.locked(folder):
+            for records in _suites(folder):
+                written = table.write(folder, records, runs.specs_of(records[0]))
+                for path in [*written, *write_official(folder, records)]:
+                    typer.echo(str(path))
+
+
+@app.command()
+@clean
+def verify(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Runs; default: all.")] = None,
+    data_root: Roots = None,
+    out: Out = Path("leaderboards"),
+    allow_unverified: Unverified = "",
+) -> None:
+    """Score again from the per-sample files and the data's labels; exit 1 on any difference."""
+    from bench.runs import plan_of
+    from bench.verify import differences
+
+    found, loaded = [], dict[str, "dict[str, Dataset]"]()
+    for folder in _runs(folders, out):
+        for records in _suites(folder):
+            plan = plan_of(
+                records[0],
+                roots=data_root or (),
+                allow_unverified=_words(allow_unverified),
+                folder=folder,
+            )
+            if str(folder) not in loaded:
+                loaded[str(folder)] = plan.datasets()
+            wrong = differences(folder, records, loaded[str(folder)])
+            found += [f"{folder}: {text}" for text in wrong]
+            count = f"{len(records)} record(s) of {records[0].suite}"
+            typer.echo(f"{folder}: {count}: {f'{len(wrong)} difference(s)' if wrong else 'ok'}")
+    for text in found:
+        typer.echo(text, err=True)
+    if found:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+@clean
+def doctor(data_root: Roots = None) -> None:
+    """Look at versions, memory, accelerator and data roots; exit 1 if something is wrong."""
+    from bench.doctor import examine
+
+    findings = examine(data_root or ())
+    for one in findings:
+        mark = {True: "ok ", False: "BAD", None: "   "}[one.ok]
+        typer.echo(f"{mark} {one.what}: {one.value}")
+    if any(one.ok is False for one in findings):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+@clean
+def predict(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that a run or save_pretrained wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images.")],
+    dataset: Annotated[str | None, typer.Option(help="Whose question is asked.")] = None,
+    exemplar: Annotated[
+        bool | None,
+        typer.Option(help="With or without the task-specific model; default: with, if there."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="CSV file; default: standard output.")] = None,
+) -> None:
+    """Class probabilities and answers for a folder of images, as CSV."""
+    from vitask.guard import refuse_hub_kernels
+
+    refuse_hub_kernels()
+    from bench.predict import predict_folder
+
+    text = predict_folder(checkpoint, folder, dataset, exemplar=exemplar).to_csv(index=False)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    from bench.record import write_text
+
+    write_text(output, text)
+
+
+@data_app.command()
+@clean
+def download(
+    root: Annotated[Path, typer.Argument(help="Folder to put the files into.")],
+    datasets: Annotated[str, typer.Option(help="a,b,...; default: all 12.")] = "",
+    size: Annotated[int, typer.Option(help="28, 64, 128 or 224 pixels.")] = 28,
+) -> None:
+    """Fetch official MedMNIST files, checked against their MD5."""
+    from vitask.data import medmnist
+
+    names = _words(datasets) or medmnist.NAMES
+    for name in names:
+        _known("MedMNIST set", name, medmnist.NAMES)
+    root.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        typer.echo(str(medmnist.download(name, size, root)))
+
+
+@data_app.command()
+@clean
+def check(
+    data: Annotated[str, typer.Option(help="phantom | medmnist")] = "medmnist",
+    data_root: Roots = None,
+    datasets: Annotated[str, typer.Option(help="a,b,...; default: what lies in the roots.")] = "",
+    size: Annotated[int, typer.Option(help="Pixels of the source images.")] = 28,
+    allow_unverified: Unverified = "",
+) -> None:
+    """Check files, and report images in two parts and conflicting labels; exit 1 on bad files."""
+    from vitask.data import SOURCES, load, spec
+    from vitask.data.check import duplicates
+
+    _known("data source", data, SOURCES)
+    roots = tuple(data_root or ())
+    names = _words(datasets) or _there(data, roots, size)
+    _resolved(lambda: [spec(name, roots=roots) for name in (*names, *_words(allow_unverified))])
+    bad = 0
+    for name in names:
+        try:
+            found = load(
+                name,
+                source=data,
+                roots=roots,
+                size=size,
+                allow_unverified=_words(allow_unverified),
+            )
+        except ValueError as error:
+            bad += 1
+            typer.echo(f"{name}: {error}", err=True)
+            continue
+        parts = " / ".join(str(len(split)) for split in found.splits.values())
+        note = "" if found.md5_ok else ", NOT the official file"
+        typer.echo(f"{name}: {parts} images, MD5 {found.md5}{note}")
+        for line in duplicates(found).lines():
+            typer.echo(f"  {line}")
+    if bad:
+        raise typer.Exit(FAILED)
+
+
+def _there(source: str, roots: Sequence[Path], size: int) -> tuple[str, ...]:
+    """The datasets that lie in the roots, or all phantoms; ValueError if there are none."""
+    from vitask.data import card, medmnist, names
+
+    if source == "phantom":
+        return names(source)
+    official = [
+        name
+        for name in medmnist.NAMES
+        if any((root / medmnist.file_name(name, size)).is_file() for root in roots)
+    ]
+    found = tuple(dict.fromkeys([*official, *card.names(roots)]))
+    if not found:
+        looked = ", ".join(map(str, roots)) or "no folder: give --data-root"
+        raise ValueError(f"no dataset of {size} pixels found; looked in {looked}")
+    return found
+
+
+def _runs(folders: Sequence[Path] | None, out: Path) -> list[Path]:
+    found = list(folders or sorted(path.parent for path in out.glob("*/run.json")))
+    for folder in found:
+        if not (folder / "run.json").is_file():
+            raise ValueError(f"{folder} holds no run (no run.json); expected OUT/<recipe>-<data>")
+    if not found:
+        raise ValueError(f"no run in {out}; start one with `python -m bench run`, or give --out")
+    return found
+
+
+def _suites(folder: Path) -> "list[list[Record]]":
+    from bench import runs
+
+    return [runs.read_records(folder, name) for name in runs.read_manifest(folder)]
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    words = _words(text)
+    if not words or not all(word.isdecimal() for word in words):
+        raise UnknownName(f"--seeds is {text!r}; expected whole numbers such as 0,1,2")
+    return tuple(sorted(int(word) for word in words))
+
+
+def _in_order(names: Collection[str], own: Sequence[str]) -> tuple[str, ...]:
+    """The recipe's order first, so that the order on the command line decides nothing."""
+    return (*(n for n in own if n in names), *sorted(n for n in names if n not in own))
+
+
+def _known(kind: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        near = get_close_matches(name, known) or list(known)
+        raise UnknownName(f"no {kind} {name!r}; did you mean {' or '.join(near)}?")
+
+
+def _resolved(names: Callable[[], object]) -> None:
+    """A dataset that does not exist is a misuse of the command line."""
+    try:
+        names()
+    except ValueError as error:
+        raise UnknownName(str(error)) from error
+
+
+def _ours(error: BaseException) -> bool:
+    """Raised by this project's own code as a boundary error, and so with a message that helps."""
+    if not isinstance(error, ValueError | FileNotFoundError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    packages = [str(ROOT / name) for name in ("bench", "kernels", "vitask")]
+    return bool(frames) and frames[-1].filename.startswith(tuple(packages))
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m bench")
