@@ -126,12 +126,15 @@ def run(
 
 def _run(wanted: Sequence[str], plan: "Plan", *, resume: bool, fresh: bool) -> dict[str, str]:
     """Suite by suite; one that fails does not take the others down. Returns what failed."""
+    from transformers.utils import logging
+
     from bench import runs, table
     from bench.official import write_official
     from bench.progress import Progress
     from bench.record import command_line
     from bench.suites import suite
 
+    logging.disable_progress_bar()  # one progress display is enough: ours
     datasets, failed, cache = plan.datasets(), {}, {}
     specs = {name: dataset.spec for name, dataset in datasets.items()}
     units = sum(suite(name).units(plan.recipe) for name in wanted) * len(plan.seeds)

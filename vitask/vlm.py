@@ -4,6 +4,7 @@ Image features, embeddings, hidden states, head. Any `InternVLForConditionalGene
 checkpoint goes this way: the embedded `pocket`, a folder, `OpenGVLab/InternVL3-1B-hf`.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,9 +217,16 @@ class VLM:
             target_modules=LORA_TARGETS,
             task_type="CAUSAL_LM",
         )
-        self.adapter = peft.get_peft_model(self.model, config)
+        with warnings.catch_warnings():
+            # peft still asks transformers for a property by its old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            self.adapter = peft.get_peft_model(self.model, config)
+        # A name, not the path that it was found at: what peft saves is read on other machines.
+        self.adapter.peft_config["default"].base_model_name_or_path = self.name
 
     def load_adapter(self, folder: Path) -> None:
         """Put saved LoRA adapters in place."""
-        self.adapter = peft.PeftModel.from_pretrained(self.model, folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            self.adapter = peft.PeftModel.from_pretrained(self.model, folder)
         self.adapter.requires_grad_(False)

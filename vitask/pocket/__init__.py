@@ -3,5 +3,4 @@
 from pathlib import Path
 
 POCKET = Path(__file__).parent / "weights"  # a transformers folder, as any other checkpoint
-STEPS = 900
 SEED = 0

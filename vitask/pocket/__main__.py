@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitask.guard import refuse_hub_kernels
-from vitask.pocket import POCKET, SEED, STEPS
+from vitask.pocket import POCKET, SEED
 
 if TYPE_CHECKING:
     from vitask.vlm import VLM
@@ -20,12 +20,12 @@ def main() -> None:
     """Train, write a transformers folder, and record what it can do on held-out pictures."""
     parser = argparse.ArgumentParser(prog="python -m vitask.pocket", description=__doc__)
     parser.add_argument("--out", type=Path, default=POCKET, help="folder to write")
-    parser.add_argument("--steps", type=int, default=STEPS, help="stop after so many steps")
+    parser.add_argument("--steps", type=int, default=None, help="stop after so many steps")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--no-evaluation", action="store_true", help="train only")
     parser.add_argument("--evaluate", action="store_true", help="evaluate what is in --out only")
     arguments = parser.parse_args()
-    if arguments.steps < 1:
+    if arguments.steps is not None and arguments.steps < 1:
         parser.error(f"--steps is {arguments.steps}; expected at least 1")
     refuse_hub_kernels()
 
@@ -49,20 +49,21 @@ def main() -> None:
     print(json.dumps(card, indent=1))
 
 
-def train(steps: int, seed: int) -> "tuple[VLM, dict[str, Any]]":
-    """A new model and what made it. The schedule is always that of the whole training."""
+def train(steps: int | None, seed: int) -> "tuple[VLM, dict[str, Any]]":
+    """A new model and what made it."""
     import torch
     import transformers
 
     from vitask.pocket.model import make_model
     from vitask.pocket.tokenizer import make_processor
-    from vitask.pocket.train import pretrain
+    from vitask.pocket.train import STEPS, pretrain
     from vitask.vlm import VLM
 
+    steps = STEPS if steps is None else steps
     processor = make_processor()
     vlm = VLM(make_model(processor, seed), processor, "pocket")
     start, recent = time.perf_counter(), []
-    for step, loss in enumerate(pretrain(vlm, steps, seed, whole=STEPS), start=1):
+    for step, loss in enumerate(pretrain(vlm, steps, seed), start=1):
         recent.append(loss)
         if step % 50 == 0:
             mean, seconds = sum(recent) / len(recent), time.perf_counter() - start

@@ -10,14 +10,15 @@ from vitask.vlm import VLM
 def accuracy(vlm: VLM, count: int, seed: int, *, shuffled: bool = False) -> dict[str, float]:
     """Accuracy of each kind of question by greedy generation, exact match of the whole answer.
 
-    shuffled: every picture gives its image to another one; a model that looks falls to chance.
+    shuffled: every question is put to a picture drawn at random; a model that looks falls to
+    chance.
     """
     images, facts = held_out(count, seed)
     tokens = vlm.image_features(images)
     found = {}
     for kind, answers in KINDS.items():
         asked = np.flatnonzero(facts[kind] >= 0)
-        seen = np.roll(asked, 1) if shuffled else asked
+        seen = np.random.default_rng(seed).permutation(asked) if shuffled else asked
         longest = max(len(vlm.response_ids(f"{answer}.")) for answer in answers)
         written = generate(
             vlm, vlm.prompt(canonical(kind)), tokens[seen], max_new_tokens=longest, batch_size=256

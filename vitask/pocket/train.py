@@ -5,12 +5,14 @@ connector. Without this start the loss of the answers stayed at their entropy fo
 
 Answering: pictures, several questions each, one row a picture. A row is
 [prefix image | question answer | question answer | ...]; every question sees the image and itself
-only, so a picture is encoded once for all its questions. The heads stay on, and are thrown away
-at the end.
+only, so a picture is encoded once for all its questions. At first every picture comes with a
+task of copying, whose random tokens make up most of the loss, and the heads stay on; in the later
+stages the heads are gone, few pictures bring a copy, and the questions are what is left to learn.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -25,9 +27,13 @@ from vitask.prompts import response
 from vitask.vlm import VLM
 
 SEEING_STEPS = 400
+# Stages of answering: steps, and every how many pictures bring a task of copying. Each has its own
+# warm-up and cosine; restarts moved the kinds that are learnt last, shape and position.
+ANSWERING_STAGES = ((500, 1), (300, 8), (250, 8))
+STEPS = SEEING_STEPS + sum(steps for steps, _ in ANSWERING_STAGES)
 SEEN = 128  # pictures a step while learning to see
 PICTURES = 48  # a step while learning to answer
-QUESTIONS = 4  # a picture, and one task of copying
+QUESTIONS = 4  # a picture
 LEARNING_RATE = 2e-3
 WARMUP = 50  # steps
 
@@ -47,25 +53,32 @@ class Batch:
     labels: Tensor
 
 
-def pretrain(vlm: VLM, steps: int, seed: int, *, whole: int) -> Iterator[float]:
-    """Train all of `vlm` in place for the first `steps` of a training of `whole` steps.
+def pretrain(vlm: VLM, steps: int, seed: int) -> Iterator[float]:
+    """Train all of `vlm` in place; `steps` below STEPS stops early on the same schedule.
 
     Gives each step's loss: of the facts in nats, then of the response tokens in nats per token.
     """
     vlm.model.train().requires_grad_(True)
-    heads = FactHeads(vlm, seed)
-    seeing = min(SEEING_STEPS, steps)
-    yield from _see(vlm, heads, seeing, seed)
-    yield from _answer(vlm, heads, steps - seeing, seed, whole - SEEING_STEPS)
+    yield from islice(_stages(vlm, seed), steps)
     vlm.model.eval().requires_grad_(False)
 
 
-def _see(vlm: VLM, heads: "FactHeads", steps: int, seed: int) -> Iterator[float]:
+def _stages(vlm: VLM, seed: int) -> Iterator[float]:
+    heads = FactHeads(vlm, seed)
+    yield from _see(vlm, heads, seed)
+    start = SEEING_STEPS
+    for stage, (steps, copying_every) in enumerate(ANSWERING_STAGES):
+        kept = heads if stage == 0 else None
+        yield from _answer(vlm, kept, seed, range(start, start + steps), copying_every)
+        start += steps
+
+
+def _see(vlm: VLM, heads: "FactHeads", seed: int) -> Iterator[float]:
     eye = nn.ModuleList(
         [vlm.model.model.vision_tower, vlm.model.model.multi_modal_projector, heads]
     )
     update = _Update(eye, SEEING_STEPS)
-    for step in range(steps):
+    for step in range(SEEING_STEPS):
         pictures = draw(SEEN, np.random.default_rng([seed, step]))
         loss = heads(_image_features(vlm, pictures.images), settled(pictures))
         update(loss)
@@ -73,18 +86,18 @@ def _see(vlm: VLM, heads: "FactHeads", steps: int, seed: int) -> Iterator[float]
 
 
 def _answer(
-    vlm: VLM, heads: "FactHeads", steps: int, seed: int, schedule_steps: int
+    vlm: VLM, heads: "FactHeads | None", seed: int, steps: range, copying_every: int
 ) -> Iterator[float]:
-    update = _Update(nn.ModuleList([vlm.model, heads]), schedule_steps)
-    for step in range(steps):
-        batch = make_batch(vlm, np.random.default_rng([seed, SEEING_STEPS + step]))
+    update = _Update(nn.ModuleList([vlm.model, heads] if heads else [vlm.model]), len(steps))
+    for step in steps:
+        batch = make_batch(vlm, np.random.default_rng([seed, step]), copying_every)
         features = _image_features(vlm, batch.images)
         place = (batch.ids == vlm.processor.image_token_id).unsqueeze(-1)
         embeddings = vlm.embed(batch.ids).masked_scatter(place, features)
         hidden = vlm.hidden(embeddings, mask=batch.mask, positions=batch.positions)
         keep = batch.labels != IGNORE_INDEX
         loss = response_loss(vlm.logits(hidden[keep]), batch.labels[keep])
-        update(loss + heads(features, batch.facts))
+        update(loss + heads(features, batch.facts) if heads else loss)
         yield float(loss.detach())
 
 
@@ -140,8 +153,8 @@ class FactHeads(nn.Module):
         return torch.stack(losses).mean()
 
 
-def make_batch(vlm: VLM, rng: np.random.Generator) -> Batch:
-    """Pictures with random questions that they settle, each with one task of copying."""
+def make_batch(vlm: VLM, rng: np.random.Generator, copying_every: int = 1) -> Batch:
+    """Pictures with random questions that they settle, some with one task of copying."""
     pictures = draw(PICTURES, rng)
     image = [vlm.processor.image_token_id] * vlm.processor.image_seq_length
     rows = []
@@ -149,7 +162,8 @@ def make_batch(vlm: VLM, rng: np.random.Generator) -> Batch:
         kinds = [kind for kind in KINDS if pictures.facts[kind][i] >= 0]
         chosen = rng.permutation(kinds)[:QUESTIONS]
         asked = [ask(str(kind), int(pictures.facts[kind][i]), rng) for kind in chosen]
-        asked.append(copying(vlm, rng))
+        if i % copying_every == 0:
+            asked.append(copying(vlm, rng))
         turns = [(vlm.prompt(q.instruction), vlm.response_ids(response(q.answer))) for q in asked]
         before = turns[0][0].before
         rows.append(([*before, *image], [(list(p.after), list(r)) for p, r in turns]))
