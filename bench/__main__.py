@@ -135,7 +135,9 @@ def _run(wanted: Sequence[str], plan: "Plan", *, resume: bool, fresh: bool) -> d
     from bench.suites import suite
 
     logging.disable_progress_bar()  # one progress display is enough: ours
-    datasets, failed, cache = plan.datasets(), {}, {}
+    failed: dict[str, str] = {}
+    cache: dict[str, Any] = {}  # what suites share
+    datasets = plan.datasets()
     specs = {name: dataset.spec for name, dataset in datasets.items()}
     units = sum(suite(name).units(plan.recipe) for name in wanted) * len(plan.seeds)
     with runs.locked(plan.folder), Progress(units) as progress:

@@ -314,7 +314,9 @@ def specs_of(record: Record) -> dict[str, DatasetSpec]:
     """The descriptions of a record's datasets, as they were when it was made."""
     specs = {}
     for name, card in record.data.items():
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in card["spec"].items()}
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in card["spec"].items()
+        }
         specs[name] = DatasetSpec(**fields)
     return specs
 

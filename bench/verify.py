@@ -90,8 +90,8 @@ def _inputs(record: Record, name: str, sample: Samples, dataset: Dataset) -> lis
     wrong = (sample.labels != test.labels).reshape(len(test), -1).any(1)
     if wrong.any():
         return [f"{wrong.sum()} label(s) differ from the data's, first {sample.ids[wrong][0]}"]
-    torn = (sample.groups is None) != (test.groups is None)
-    if torn or (test.groups is not None and not np.array_equal(sample.groups, test.groups)):
+    groups = [None if g is None else g.tolist() for g in (sample.groups, test.groups)]
+    if groups[0] != groups[1]:
         return ["the samples' groups are not the data's"]
     if dataset.spec.multi_label:
         answers = candidates(dataset.spec, dataset.splits["train"].labels)
