@@ -1,0 +1,239 @@
+"""What a newcomer types, and what comes back."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from bench import doctor
+from bench.__main__ import app
+from bench.suites import SUITES, suite
+from vitask.recipes import RECIPES
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "pandas", "transformers", "sklearn", "medmnist", "timm", "pyarrow")
+LIGHT = f"""
+import runpy, sys
+sys.argv = ["bench", *sys.argv[1:]]
+try:
+    runpy.run_module("bench", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+found = [name for name in {HEAVY} if name in sys.modules]
+assert not found, found
+"""
+
+
+def bench(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["list"], ["run", "--help"], ["data", "--help"]])
+def test_answers_at_once_without_torch(words):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    # processor time: the machine may be busy with other things
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_list_names_everything():
+    text = bench("list").output
+    for name in [*SUITES, *RECIPES, *suite("main").METHODS, "organsmnist", "chestmnist"]:
+        assert name in text
+
+
+def test_every_suite_is_documented():
+    for name, module in SUITES.items():
+        assert (ROOT / "bench" / "suites" / f"{module.split('.')[-1]}.md").is_file(), name
+        assert suite(name).REFERENCE in suite(name).METHODS or suite(name).REFERENCE is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "mian"], "no suite 'mian'; did you mean main?"),
+        (["run", "main", "--recipe", "pockets"], "no recipe 'pockets'; did you mean pocket?"),
+        (["run", "main", "--data", "fantom"], "did you mean phantom?"),
+        (["run", "main", "--datasets", "brestmnist"], "did you mean breastmnist"),
+        (["run", "main", "--allow-unverified", "bloodmist"], "did you mean bloodmnist"),
+        (["run", "main", "--seeds", "0,one"], "whole numbers"),
+        (["run"], "--all"),
+        (["run", "main", "--all"], "--all"),
+        (["run", "main", "--resume", "--fresh"], "one of them"),
+        (["run", "main", "--limit", "0"], "limit"),
+        (["data", "check", "--data", "medmist"], "did you mean medmnist?"),
+        (["data", "download", ".", "--datasets", "brestmnist"], "did you mean breastmnist"),
+        (["forget"], "forget"),
+    ],
+)
+def test_misuse_exits_2_and_names_the_nearest(words, message):
+    done = bench(*words)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [
+            "run",
+            "main",
+            "--data",
+            "medmnist",
+            "--datasets",
+            "breastmnist",
+            "--data-root",
+            "nowhere",
+        ],
+        ["report", "--out", "nowhere"],
+        ["verify", "nowhere"],
+        ["predict", "nowhere", "nowhere"],
+        ["data", "check", "--data-root", "nowhere"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_is_not_there_exits_1_with_one_message(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = bench(*words)
+    assert done.exit_code == 1
+    assert done.output.startswith("error: ")
+    assert "nowhere" in done.output
+    assert "Traceback" not in done.output
+    assert list(tmp_path.iterdir()) == []  # and nothing was run
+
+
+def test_run_report_verify(plan):
+    words = ["run", "cheap", "--recipe", "tiny", "--limit", 12, "--out", plan.out]
+    done = bench(*words)
+    assert done.exit_code == 0, done.output
+    assert "100%" in done.output
+    folder = plan.out / "tiny-phantom-limit12"
+    written = {name: (folder / name).read_bytes() for name in ("cheap.csv", "cheap.md")}
+    (folder / "cheap.csv").write_text("lost")
+    (folder / "cheap.md").unlink()
+    assert bench("verify", "--out", plan.out).exit_code == 1
+    assert bench("report", folder).exit_code == 0
+    assert written == {name: (folder / name).read_bytes() for name in written}
+    done = bench("verify", folder)
+    assert (done.exit_code, done.output) == (0, f"{folder}: 3 record(s) of cheap: ok\n")
+
+
+def test_a_failing_suite_does_not_take_the_others_down(plan, monkeypatch):
+    broken = suite("cheap").__dict__ | {"run": None}
+    monkeypatch.setitem(SUITES, "broken", "broken_suite")
+    module = type(sys)("broken_suite")
+    module.__dict__.update(broken)
+    monkeypatch.setitem(sys.modules, "broken_suite", module)
+    monkeypatch.delitem(SUITES, "main")
+    words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
+    done = bench("run", "broken", "cheap", *words)
+    assert done.exit_code == 1
+    assert "failed: broken: TypeError" in done.output
+    assert "Traceback" in done.output  # a fault of ours, not of the user
+    (csv,) = plan.out.glob("*/cheap.csv")
+    manifest = json.loads((csv.parent / "run.json").read_text())
+    assert {name: entry["finished"] for name, entry in manifest.items()} == {
+        "broken": False,
+        "cheap": True,
+    }
+
+
+def test_the_recorded_command_names_no_paths(plan):
+    words = ["run", "cheap", "--recipe", "tiny", "--data-root", plan.out / "data", "--resume"]
+    words += [f"--out={plan.out}", "--datasets", "breastmnist"]
+    sys.argv[1:] = [str(word) for word in words]
+    assert bench(*words).exit_code == 0
+    (record, *_) = plan.out.glob("*/records/*.json")
+    command = "python -m bench run cheap --recipe tiny --data-root DATA_ROOT"
+    assert json.loads(record.read_text())["command"] == (
+        f"{command} --out=OUT --datasets breastmnist"
+    )
+
+
+def test_data_check_reports_copies_and_bad_files(shared):
+    done = bench("data", "check", "--data-root", shared / "medmnist")
+    assert done.exit_code == 1
+    assert "pneumoniamnist" in done.output
+    assert "--allow-unverified" in done.output
+    assert "breastmnist/train/000115 = breastmnist/test/000076" in done.output
+    words = ["--datasets", "pneumoniamnist", "--allow-unverified", "pneumoniamnist"]
+    done = bench("data", "check", "--data-root", shared / "medmnist", *words)
+    assert done.exit_code == 0
+    assert "NOT the official file" in done.output
+
+
+def test_doctor_tells_the_hub_package_apart(monkeypatch, tmp_path):
+    def version(name):
+        return "0.18.2" if name == "kernels" else real(name)
+
+    real = doctor.version
+    hub = [one for one in doctor.examine([tmp_path]) if "hub package" in one.what]
+    assert [one.ok for one in hub] == [True]
+    monkeypatch.setattr(doctor, "version", version)
+    findings = doctor.examine([tmp_path])
+    bad = {one.what: one.value for one in findings if one.ok is False}
+    assert "0.18.2" in bad["hub package kernels"]
+    assert "no .npz" in bad[f"data root {tmp_path}"]
+    assert "torch" in {one.what for one in findings}
+    done = bench("doctor")
+    assert done.exit_code == 1
+    assert "BAD hub package kernels" in done.output
+
+
+def test_the_hub_package_is_refused_before_anything_is_imported(monkeypatch, plan):
+    monkeypatch.setattr("vitask.guard.version", lambda name: "0.18.2")
+    done = bench("run", "cheap", "--recipe", "tiny", "--out", plan.out)
+    assert done.exit_code == 1
+    assert not plan.out.exists()
+
+
+def test_predict_writes_a_row_an_image(monkeypatch, tmp_path):
+    from bench import predict
+
+    class Model:
+        """The interface of a checkpoint that `predict` uses."""
+
+        def __init__(self):
+            answers = SimpleNamespace(texts=("a, b", "c"))
+            task = SimpleNamespace(spec=SimpleNamespace(n_channels=1), candidates=answers)
+            self.recipe, self.tasks = RECIPES["pocket"], {"toy": task}
+
+        def image_tokens(self, images, *, exemplar):
+            assert images.shape == (2, 28, 28)
+            return images
+
+        def predict(self, name, images, *, exemplar):
+            return np.array([[0.75, 0.25], [0.5, 0.5]])
+
+        def write(self, name, tokens):
+            return ["b.", "?"]
+
+    monkeypatch.setattr(predict.VITask, "from_pretrained", lambda folder: Model())
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    Image.new("RGB", (50, 30)).save(images / "deep" / "one.PNG")
+    Image.new("L", (28, 28)).save(images / "zero.jpg")
+    (images / "notes.txt").touch()
+    done = bench("predict", tmp_path, images, "--output", tmp_path / "answers.csv")
+    assert done.exit_code == 0, done.output
+    frame = pd.read_csv(tmp_path / "answers.csv")
+    assert list(frame) == ["file", "answer", "generated", "a, b", "c"]
+    assert frame.file.tolist() == ["deep/one.PNG", "zero.jpg"]
+    assert frame.answer.tolist() == ["a, b", "a, b"]
+    (images / "broken.png").write_bytes(b"no image")
+    done = bench("predict", tmp_path, images)
+    assert done.exit_code == 1
+    assert "broken.png" in done.output
