@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bench.metrics import confusion, measure, scored
 from bench.official import FOLDER, official_files, official_texts
 from bench.record import (

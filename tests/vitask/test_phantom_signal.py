@@ -1,4 +1,4 @@
-"""The phantom's two criteria, by real training: a specialist can learn it, generic features miss it.
+"""The phantom's two criteria, by real training: a specialist learns it, generic features do not.
 
 On five of the twelve sets, so that it takes a minute; the whole set stands in the leaderboard.
 """
