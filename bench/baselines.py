@@ -74,6 +74,8 @@ def _fit(dataset: Dataset, train: np.ndarray, c: float) -> list[Pipeline | float
 
 
 def _log_probability(fits: list[Pipeline | float], dataset: Dataset, x: np.ndarray) -> np.ndarray:
+    """float64 (n, classes): samples are kept in float64, and are measured as they are kept."""
+    x = x.astype(np.float64)
     classes = len(dataset.spec.classes)
     if dataset.spec.multi_label:
         columns = [
