@@ -162,7 +162,8 @@ class VITask:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         part.chmod(0o755)
-        self.vlm.adapter.save_pretrained(part / "adapter")
+        # The vocabulary is never changed, so peft need not look the base model up to see.
+        self.vlm.adapter.save_pretrained(part / "adapter", save_embedding_layers=False)
         self.vlm.processor.save_pretrained(part / "processor")
         if self.connector is not None:
             save_file(self.connector.state_dict(), part / "connector.safetensors")
