@@ -1,23 +1,29 @@
 """The VITask losses in plain PyTorch: the truth that everything faster is held against.
 
 Logits are unnormalised and already aligned with `labels`: the next-token shift is the caller's.
-Every loss is a mean over its counted tokens, in nats, and 0 when none is counted. Computed in
-float32, or in float64 when given float64.
+Every loss is a mean over its counted tokens, in nats, and 0 when none is counted; with
+`reduction="none"` it is given per token, 0 for ignored ones. Computed in float32, or in float64
+when given float64.
 
 Source: Bai et al. 2024, arXiv:2410.06456.
 """
+
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+Reduction = Literal["mean", "none"]
 IGNORE_INDEX = -100  # label of prompt and padding positions: never part of a loss
 
 
 def response_loss(
     logits: Float[Tensor, "tokens vocab"],
     labels: Int[Tensor, " tokens"],
-) -> Float[Tensor, ""]:
+    *,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*tokens"]:
     r"""Next-token cross-entropy of the response: Van (eq. 1), and EP (eq. 2) with exemplar logits.
 
         L = 1/|S| sum_{t in S} -log softmax(logits[t])[labels[t]]
@@ -28,7 +34,7 @@ def response_loss(
     keep = _counted(labels, logits)
     log_p = _log_softmax(logits, keep)
     picked = log_p.gather(-1, labels.where(keep, 0)[:, None])[:, 0]  # (tokens,)
-    return _mean(-picked, keep)
+    return _reduced(-picked, keep, reduction)
 
 
 def rda_loss(
@@ -37,7 +43,8 @@ def rda_loss(
     labels: Int[Tensor, " tokens"],
     *,
     detach_exemplar: bool = True,
-) -> Float[Tensor, ""]:
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*tokens"]:
     r"""Response distribution alignment (eq. 3): answer without the exemplar as if it had been seen.
 
         L = 1/|S| sum_{t in S} KL(p_t || q_t),    KL(p || q) = sum_v p_v (log p_v - log q_v)
@@ -54,14 +61,16 @@ def rda_loss(
     teacher = exemplar_logits.detach() if detach_exemplar else exemplar_logits
     log_p, log_q = _log_softmax(logits, keep), _log_softmax(teacher, keep)
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)  # (tokens,)
-    return _mean(kl, keep)
+    return _reduced(kl, keep, reduction)
 
 
 def crt_loss(
     logits: Float[Tensor, "tokens vocab"],
     negative_logits: Float[Tensor, "tokens vocab"],
     labels: Int[Tensor, " tokens"],
-) -> Float[Tensor, ""]:
+    *,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, "*tokens"]:
     r"""Contrastive response tuning (eq. 5, 6): the right image must raise its response.
 
         L = 1/|S| sum_{t in S} -log softmax(logits[t] - negative_logits[t])[labels[t]]
@@ -71,7 +80,8 @@ def crt_loss(
     The gradient flows into both. Raises ValueError for shapes that do not match.
     """
     _same_shape(logits, negative_logits, "negative_logits")
-    return response_loss(_exact(logits) - _exact(negative_logits), labels)
+    difference = _exact(logits) - _exact(negative_logits)
+    return response_loss(difference, labels, reduction=reduction)
 
 
 def _exact(logits: Tensor) -> Tensor:
@@ -83,8 +93,11 @@ def _log_softmax(logits: Tensor, keep: Tensor) -> Tensor:
     return _exact(logits).where(keep[:, None], 0).log_softmax(dim=-1)
 
 
-def _mean(values: Tensor, keep: Tensor) -> Tensor:
-    return values.where(keep, 0).sum() / keep.sum().clamp(min=1)
+def _reduced(values: Tensor, keep: Tensor, reduction: Reduction) -> Tensor:
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction is {reduction!r}; expected 'mean' or 'none'")
+    values = values.where(keep, 0)
+    return values if reduction == "none" else values.sum() / keep.sum().clamp(min=1)
 
 
 def _same_shape(logits: Tensor, other: Tensor, name: str) -> None:

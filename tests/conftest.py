@@ -8,11 +8,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small operations: threads 
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+
+# The same examples in every run, and no stopwatch: a busy machine fails no test.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("steady")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
