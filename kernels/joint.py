@@ -1,0 +1,256 @@
+"""The joint loss as one node of the graph: a custom operation with its gradient.
+
+The forward pass computes the gradients too, from the logits while these exist, and keeps only
+what is as large as the hidden rows; the backward pass scales them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.chunked import chunked_rows
+from kernels.problem import Problem, Wanted, counted, slots
+from kernels.rows import triton_rows
+
+IMPLEMENTATIONS = {"cpu": chunked_rows, "triton": triton_rows}
+
+
+@torch.library.custom_op("vitask::joint_loss", mutates_args=())
+def joint_loss(
+    hidden: Tensor,
+    exemplar_hidden: Tensor,
+    exemplar_rows: Tensor | None,
+    negative_hidden: Tensor,
+    negative_rows: Tensor | None,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Sequence[float],
+    detach_exemplar: bool,
+    mean: bool,
+    wanted: Sequence[bool],
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Total () and parts (4,), or (rows,) and (4, rows); gradients of the rows and of the head.
+
+    weights: of response, exemplar, rda and crt in the total. Absent branches have no rows.
+    wanted:  the fields of `Wanted`. Gradients are those of the total (without `mean`: of its
+             sum), in the dtype that is computed in. Without `mean` the head's own gradient
+             depends on what comes from above and is left to `head_gradient`.
+    """
+    problem = _problem(
+        hidden, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows, weight, labels,
+        weights, detach_exemplar, mean,
+    )  # fmt: skip
+    want = Wanted(*wanted)
+    result = IMPLEMENTATIONS[implementation](problem, want if mean else want._replace(weight=False))
+    losses = result.losses
+    row_gradient = losses.new_empty(0, hidden.shape[1]) if result.hidden is None else result.hidden
+    head_gradient = losses.new_empty(0) if result.weight is None else result.weight
+    if mean:
+        numbers = _numbers(problem).clamp(min=1)
+        losses = losses.sum(dim=1) / numbers
+        row_gradient.div_(numbers[0])
+        head_gradient.div_(numbers[0])
+    total = sum(w * part for w, part in zip(weights, losses, strict=True))
+    return total, losses, row_gradient, head_gradient
+
+
+@torch.library.custom_op("vitask::joint_loss_backward", mutates_args=())
+def joint_loss_backward(
+    above: Tensor,
+    row_gradient: Tensor,
+    head_gradient: Tensor,
+    hidden: Tensor,
+    exemplar_rows: Tensor | None,
+    negative_hidden: Tensor,
+    negative_rows: Tensor | None,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden, exemplar, negative rows and head; empty for those not computed."""
+    per_row = above.expand(len(hidden))
+
+    def scaled(gradient: Tensor, rows: Tensor | None) -> Tensor:
+        if len(gradient) == 0:  # of an absent branch, or not wanted
+            return hidden.new_empty(gradient.shape)
+        factor = per_row if rows is None else per_row[rows.clamp(0, len(per_row) - 1)]
+        return (gradient * factor[:, None]).to(hidden.dtype)
+
+    ends = (len(hidden), len(hidden) + len(negative_hidden))
+    base, negative, exemplar = row_gradient.tensor_split(ends)
+    return (
+        scaled(base, None),
+        scaled(exemplar, exemplar_rows),
+        scaled(negative, negative_rows),
+        # Only the mean comes with the head's gradient; there `above` is one number.
+        (head_gradient * above).to(weight.dtype) if len(head_gradient) else weight.new_empty(0),
+    )
+
+
+@torch.library.custom_op("vitask::joint_loss_head_gradient", mutates_args=())
+def head_gradient_per_row(
+    above: Tensor,
+    hidden: Tensor,
+    exemplar_hidden: Tensor,
+    exemplar_rows: Tensor | None,
+    negative_hidden: Tensor,
+    negative_rows: Tensor | None,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Sequence[float],
+    detach_exemplar: bool,
+    implementation: str,
+) -> Tensor:
+    """The head's gradient (vocab, H) for losses per row, each scaled by `above` (rows,)."""
+    problem = _problem(
+        hidden, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows, weight, labels,
+        weights, detach_exemplar, False,
+    )  # fmt: skip
+    wanted = Wanted(hidden=False, exemplar=False, weight=True)
+    result = IMPLEMENTATIONS[implementation](problem, wanted, above.to(problem.dtype))
+    assert result.weight is not None
+    return result.weight.to(weight.dtype)
+
+
+def _problem(
+    hidden: Tensor,
+    exemplar_hidden: Tensor,
+    exemplar_rows: Tensor | None,
+    negative_hidden: Tensor,
+    negative_rows: Tensor | None,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Sequence[float],
+    detach_exemplar: bool,
+    mean: bool,
+) -> Problem:
+    """The rows with their factors; for the mean these are relative to one counted base row.
+
+    1/rows itself is applied to the finished gradients: in it, float16 logits would underflow.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    problem = Problem(
+        hidden,
+        negative_hidden,
+        exemplar_hidden,
+        weight,
+        labels,
+        slots(negative_rows, len(negative_hidden), hidden),
+        slots(exemplar_rows, len(exemplar_hidden), hidden),
+        # no torch.tensor(weights): a copy from the host would break a graph capture
+        torch.stack([torch.full((), w, dtype=dtype, device=hidden.device) for w in weights]),
+        detach_exemplar,
+    )
+    if not mean:
+        return problem
+    numbers = _numbers(problem)
+    return problem._replace(factors=problem.factors * numbers[0] / numbers.clamp(min=1))
+
+
+def _numbers(problem: Problem) -> Tensor:
+    """(4,): how many rows count in each loss, in the dtype that is computed in."""
+    use = counted(problem.labels)
+    exemplar = (use & (problem.exemplar_of >= 0)).sum()
+    negative = (use & (problem.negative_of >= 0)).sum()
+    return torch.stack([use.sum(), exemplar, exemplar, negative]).to(problem.dtype)
+
+
+@joint_loss.register_fake
+def _(
+    hidden: Tensor,
+    exemplar_hidden: Tensor,
+    exemplar_rows: Tensor | None,
+    negative_hidden: Tensor,
+    negative_rows: Tensor | None,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Sequence[float],
+    detach_exemplar: bool,
+    mean: bool,
+    wanted: Sequence[bool],
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    like = hidden.new_empty(0, dtype=dtype)
+    want = Wanted(*wanted)
+    rows, width = hidden.shape
+    shape = () if mean else (rows,)
+    kept = rows + len(negative_hidden) + (len(exemplar_hidden) if want.exemplar else 0)
+    return (
+        like.new_empty(shape),
+        like.new_empty((4, *shape)),
+        like.new_empty(kept if want.hidden or want.exemplar else 0, width),
+        like.new_empty(weight.shape if want.weight and mean else (0,)),
+    )
+
+
+@joint_loss_backward.register_fake
+def _(
+    above: Tensor,
+    row_gradient: Tensor,
+    head_gradient: Tensor,
+    hidden: Tensor,
+    exemplar_rows: Tensor | None,
+    negative_hidden: Tensor,
+    negative_rows: Tensor | None,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    counts: tuple[int, ...] = (0, 0, 0)
+    if len(row_gradient) > 0:
+        exemplars = len(row_gradient) - len(hidden) - len(negative_hidden)
+        counts = (len(hidden), exemplars, len(negative_hidden))
+    gradients = (hidden.new_empty(count, hidden.shape[1]) for count in counts)
+    return *gradients, weight.new_empty(head_gradient.shape)
+
+
+@head_gradient_per_row.register_fake
+def _(
+    above: Tensor,
+    hidden: Tensor,
+    exemplar_hidden: Tensor,
+    exemplar_rows: Tensor | None,
+    negative_hidden: Tensor,
+    negative_rows: Tensor | None,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Sequence[float],
+    detach_exemplar: bool,
+    implementation: str,
+) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, weights, detach_exemplar, mean, wanted, implementation = inputs
+    _, parts, row_gradient, head_gradient = output
+    ctx.mark_non_differentiable(parts, row_gradient, head_gradient)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, row_gradient, head_gradient)
+    ctx.settings = weights, detach_exemplar, implementation
+    ctx.mean, ctx.wanted = mean, Wanted(*wanted)
+
+
+def _backward(ctx: Any, above: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if above is None:
+        return (None,) * 12
+    *tensors, row_gradient, head_gradient = ctx.saved_tensors
+    hidden, _, exemplar_rows, negative_hidden, negative_rows, weight, _ = tensors
+    of_hidden, of_exemplar, of_negative, of_weight = joint_loss_backward(
+        above, row_gradient, head_gradient,
+        hidden, exemplar_rows, negative_hidden, negative_rows, weight,
+    )  # fmt: skip
+    if ctx.wanted.weight and not ctx.mean:
+        of_weight = head_gradient_per_row(above, *tensors, *ctx.settings)
+    return (
+        of_hidden if ctx.wanted.hidden else None,
+        of_exemplar if ctx.wanted.exemplar else None,
+        None,
+        of_negative if ctx.wanted.hidden and len(negative_hidden) else None,
+        None,
+        of_weight if ctx.wanted.weight else None,
+        *(None,) * 6,
+    )
+
+
+joint_loss.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,101 @@
+"""What a joint loss is computed from, and what an implementation gives back.
+
+    hidden rows   base        h_a (rows, hidden)         a = h_a Wᵀ    image and instruction
+                  exemplar    h_b (exemplars, hidden)    b = h_b Wᵀ    the same with exemplar
+                  negative    h_n (negatives, hidden)    n = h_n Wᵀ    the same with a wrong image
+
+With p, q, r = softmax of a, b, d = a - n, label y, δ = a - b, and lse = log-sum-exp, per row:
+
+    response  lse_a - a_y                 exemplar  lse_b - b_y           (eq. 1, eq. 2)
+    rda       KL(p||q) = E_p[δ] - lse_a + lse_b                           (eq. 3)
+    crt       lse_d - d_y                                                 (eq. 5, 6)
+
+    L  = f_v response + f_e exemplar + f_k rda + f_c crt
+    da = f_v (p - e_y) + f_k p (δ - E_p[δ])      db = f_e (q - e_y) [+ f_k (q - p) if not detached]
+    dd = f_c (r - e_y)
+    dh_a = (da + dd) W      dh_b = db W      dh_n = -dd W      dW = daᵀ h_a + dbᵀ h_b + ddᵀ (h_a - h_n)
+
+Source: Bai et al. 2024, arXiv:2410.06456; the gradients are ours.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.reference import IGNORE_INDEX
+
+PARTS = ("response", "exemplar", "rda", "crt")
+
+
+class Problem(NamedTuple):
+    """The rows of one joint loss; branches that are absent have no rows.
+
+    hidden, negative, exemplar: (rows, H), (negatives, H), (exemplars, H), one dtype
+    weight:      (vocab, H), the head
+    labels:      (rows,) int64, IGNORE_INDEX for rows that count nowhere
+    negative_of, exemplar_of: (rows,) int64, the row's own row in the branch, -1 for none
+    factors:     (4,) f_v, f_e, f_k, f_c, in the dtype that is computed in
+    detach_exemplar: whether rda sends no gradient into the exemplar branch
+    """
+
+    hidden: Tensor
+    negative: Tensor
+    exemplar: Tensor
+    weight: Tensor
+    labels: Tensor
+    negative_of: Tensor
+    exemplar_of: Tensor
+    factors: Tensor
+    detach_exemplar: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What logits and statistics are computed in: float32, or float64 when given float64."""
+        return torch.promote_types(self.hidden.dtype, torch.float32)
+
+
+class Wanted(NamedTuple):
+    """Which gradients are computed: of hidden and negative rows, of exemplar rows, of the head."""
+
+    hidden: bool
+    exemplar: bool
+    weight: bool
+
+
+class RowResult(NamedTuple):
+    """What an implementation computes.
+
+    losses:   (4, rows) response, exemplar, rda, crt; 0 where a row has none
+    hidden:   (rows + negatives + exemplars, H) gradients of L summed over the rows; without the
+              exemplars' if these are not wanted, None if no gradient of a row is
+    weight:   (vocab, H) gradient, None if it is not wanted
+    Rows with a label outside the vocabulary, which only an implementation that cannot stop to
+    raise meets, have NaN losses and no gradient.
+    """
+
+    losses: Tensor
+    hidden: Tensor | None
+    weight: Tensor | None
+
+
+def slots(rows: Tensor | None, count: int, hidden: Tensor) -> Tensor:
+    """The inverse of `rows`: for each base row its number in the branch, -1 for none.
+
+    rows: (count,) int64 numbers of the base rows that have the branch; None: all, in order.
+    Of a row that is named twice the last counts, a number outside counts nowhere. Nothing here
+    waits for the device.
+    """
+    number = torch.arange(count, device=hidden.device)
+    of = len(hidden)
+    if rows is None:
+        return number if count else torch.full((of,), -1, device=hidden.device)
+    inside = (rows >= 0) & (rows < of)
+    target = rows.where(inside, of)  # what points outside goes into a slot of its own
+    inverse = torch.full((of + 1,), -1, device=hidden.device)
+    return inverse.scatter_reduce(0, target, number, "amax")[:of]
+
+
+def counted(labels: Tensor) -> Tensor:
+    """(rows,) bool: the rows that are part of a loss."""
+    return labels != IGNORE_INDEX
