@@ -2,8 +2,8 @@
 
 from kernels.linear import (
     VITaskLosses,
-    linear_crt,
     linear_cross_entropy,
+    linear_crt,
     linear_rda,
     linear_vitask,
 )

@@ -137,8 +137,8 @@ def _losses(
     negative_rows: Tensor | None,
     weights: tuple[float, float, float, float],
     detach_exemplar: bool,
-    reduction: str,
-    implementation: str | None,
+    reduction: Reduction,
+    implementation: Implementation | None,
 ) -> VITaskLosses:
     """Check, choose, compute."""
     _check_head(hidden, weight, labels)
@@ -146,7 +146,7 @@ def _losses(
     negative_hidden = _branch("negative", negative_hidden, negative_rows, hidden)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean' or 'none'")
-    chosen = implementation or ("triton" if hidden.is_cuda else "cpu")
+    chosen: Implementation = implementation or ("triton" if hidden.is_cuda else "cpu")
     _check_implementation(chosen, hidden)
     if chosen == "reference":
         return _reference(

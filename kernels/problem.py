@@ -11,9 +11,10 @@ With p, q, r = softmax of a, b, d = a - n, label y, δ = a - b, and lse = log-su
     crt       lse_d - d_y                                                 (eq. 5, 6)
 
     L  = f_v response + f_e exemplar + f_k rda + f_c crt
-    da = f_v (p - e_y) + f_k p (δ - E_p[δ])      db = f_e (q - e_y) [+ f_k (q - p) if not detached]
+    da = f_v (p - e_y) + f_k p (δ - E_p[δ])     db = f_e (q - e_y) [+ f_k (q - p) if not detached]
     dd = f_c (r - e_y)
-    dh_a = (da + dd) W      dh_b = db W      dh_n = -dd W      dW = daᵀ h_a + dbᵀ h_b + ddᵀ (h_a - h_n)
+    dh_a = (da + dd) W     dh_b = db W     dh_n = -dd W
+    dW = daᵀ h_a + dbᵀ h_b + ddᵀ (h_a - h_n)
 
 Source: Bai et al. 2024, arXiv:2410.06456; the gradients are ours.
 """

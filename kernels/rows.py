@@ -158,12 +158,10 @@ def gradient_kernel(
         own = tl.exp(part_a - new_a)
         sum_a = sum_a * old + tl.load(at + 1, mask=counts, other=1.0) * own
         sum_delta = sum_delta * old + tl.load(at + 2, mask=counts, other=0.0) * own
-        sum_b = sum_b * tl.exp(max_b - new_b) + tl.load(
-            at + 4, mask=counts, other=1.0
-        ) * tl.exp(part_b - new_b)
-        sum_d = sum_d * tl.exp(max_d - new_d) + tl.load(
-            at + 6, mask=counts, other=1.0
-        ) * tl.exp(part_d - new_d)
+        own_b = tl.load(at + 4, mask=counts, other=1.0) * tl.exp(part_b - new_b)
+        own_d = tl.load(at + 6, mask=counts, other=1.0) * tl.exp(part_d - new_d)
+        sum_b = sum_b * tl.exp(max_b - new_b) + own_b
+        sum_d = sum_d * tl.exp(max_d - new_d) + own_d
         max_a = new_a
         max_b = new_b
         max_d = new_d
@@ -258,7 +256,8 @@ def triton_rows(
     if gradient is not None:
         gradient = gradient[:, :vocab]
         labels = problem.labels
-        unused = ~_of_all((labels >= 0) & (labels < vocab), problem)[:, None]  # exactly 0, not 0 NaN
+        # The gradients of unused rows are 0 already; masked, since 0 times a NaN would be NaN.
+        unused = ~_of_all((labels >= 0) & (labels < vocab), problem)[:, None]
         if wanted.hidden or wanted.exemplar:
             kept = len(inputs) if wanted.exemplar else rows + negatives
             of_hidden = torch.empty(kept, hidden.shape[1], **float32)
