@@ -1,0 +1,79 @@
+"""Compiles the row kernels for devices that need not be there; prints registers and spills.
+
+A program of its own: a process in which Triton interprets cannot compile.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import rows
+from kernels.reference import IGNORE_INDEX
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {"labels": "*i64", "negative_of": "*i64", "exemplar_of": "*i64"}
+SIZES = ("rows", "negatives", "vocab", "stride", "gradient_stride")
+FIXED = {"IGNORE": IGNORE_INDEX, "STATISTICS": rows.STATISTICS, "BLOCK": rows.BLOCK}
+
+
+def sources() -> dict[str, ASTSource]:
+    """Both kernels, the second in all the forms that a training step may ask for."""
+    found = {"statistics": source(rows.statistics_kernel, {}, "fp32")}
+    forms = itertools.product(["fp32", "bf16", "fp16"], [1, 16], [True, False])
+    for dtype, splits, detach in forms:
+        form = {"SPLITS": splits, "GRADIENT": True, "EXEMPLAR_GRADIENT": True, "DETACH": detach}
+        found[f"gradient {dtype} {splits} {detach}"] = source(rows.gradient_kernel, form, dtype)
+    return found
+
+
+def source(kernel: triton.JITFunction, form: dict[str, object], dtype: str) -> ASTSource:
+    constants = FIXED | form
+    types = {
+        name: "constexpr"
+        if name in constants
+        else POINTERS.get(name, "i32" if name in SIZES else "*fp32")
+        for name in kernel.arg_names
+    }
+    if "gradient" in types:
+        types["gradient"] = f"*{dtype}"
+    return ASTSource(fn=kernel, signature=types, constexprs=constants)
+
+
+def usage(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
+    """What the binary itself says it needs."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        names = {"registers": r"\.vgpr_count:\s*(\d+)", "spilled": r"\.vgpr_spill_count:\s*(\d+)"}
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        names = {"registers": r"REG:(\d+)", "spilled": r"LOCAL:(\d+)"}  # local memory, in bytes
+    return {name: int(re.search(pattern, text)[1]) for name, pattern in names.items()}
+
+
+if __name__ == "__main__":
+    print(
+        json.dumps(
+            {
+                target: {
+                    name: usage(triton.compile(made, target=device, options=rows.OPTIONS))
+                    for name, made in sources().items()
+                }
+                for target, device in TARGETS.items()
+            }
+        )
+    )

@@ -1,0 +1,127 @@
+"""The row kernels on devices: compiled for those that are not there, run on the one that is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import linear_vitask
+from tests.kernels.cases import assert_as_good_as_torch, draw
+
+ROOT = Path(__file__).parents[2]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+# InternVL2-2B and InternVL3-1B: hidden, vocabulary
+SHAPES = pytest.mark.parametrize("shape", [(2048, 92_553), (896, 151_674)], ids=["2B", "1B"])
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[str, dict[str, dict[str, int]]]:
+    """Of every target and kernel: registers and what was spilled."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.kernels.compiled"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_kernels_compile_without_spilling_registers(target, compiled):
+    usage = compiled[target]
+    assert len(usage) == 13
+    assert {name: u for name, u in usage.items() if u["spilled"]} == {}
+    assert all(u["registers"] > 0 for u in usage.values())
+
+
+@needs_cuda
+@SHAPES
+@pytest.mark.parametrize("rows", [1, 37, 512])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_errors_are_at_most_twice_torchs_at_the_size_of_large_models(shape, rows, dtype):
+    hidden, vocab = shape
+    case = draw(rows, vocab, hidden, dtype=dtype, negatives=0.75, ignored=0.1)
+    assert_as_good_as_torch(case.to("cuda"), None)
+
+
+@needs_cuda
+@SHAPES
+def test_graph_capture_replays_a_step(shape):
+    hidden, vocab = shape
+    case = draw(64, vocab, hidden, dtype=torch.bfloat16, negatives=0.5).to("cuda")
+    leaves = [case.hidden, case.exemplar, case.negative]
+
+    def step() -> list[torch.Tensor]:
+        inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+        loss = linear_vitask(
+            inputs[0], case.weight, case.labels, exemplar_hidden=inputs[1],
+            negative_hidden=inputs[2], negative_rows=case.negative_rows,
+        ).total  # fmt: skip
+        return [loss, *torch.autograd.grad(loss, inputs)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for leaf in leaves:  # other inputs in the same places
+        leaf.copy_(torch.randn_like(leaf))
+    graph.replay()
+    for replayed, fresh in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, fresh)
+
+
+@needs_cuda
+def test_step_does_not_wait_for_the_device():
+    case = draw(64, 1000, 32, dtype=torch.bfloat16, negatives=0.5).to("cuda")
+    hidden = case.hidden.requires_grad_()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        linear_vitask(
+            hidden, case.weight, case.labels, exemplar_hidden=case.exemplar,
+            negative_hidden=case.negative, negative_rows=case.negative_rows,
+        ).total.backward()  # fmt: skip
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+def test_compiled_step_equals_the_plain_one():
+    case = draw(64, 5003, 32, dtype=torch.bfloat16).to("cuda")
+
+    def step(hidden: torch.Tensor) -> torch.Tensor:
+        return linear_vitask(
+            hidden, case.weight, case.labels, exemplar_hidden=case.exemplar,
+            negative_hidden=case.negative,
+        ).total  # fmt: skip
+
+    gradients = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        hidden = case.hidden.detach().requires_grad_()
+        function(hidden).backward()
+        gradients.append(hidden.grad)
+    assert torch.equal(*gradients)
+
+
+@needs_cuda
+def test_memory_beyond_the_inputs_is_the_logits_once():
+    rows, vocab, width = 512, 92_553, 256
+    case = draw(rows, vocab, width, dtype=torch.bfloat16).to("cuda")
+    hidden = case.hidden.requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_vitask(
+        hidden, case.weight, case.labels, exemplar_hidden=case.exemplar,
+        negative_hidden=case.negative,
+    ).total.backward()  # fmt: skip
+    logits = 3 * rows * (vocab + 64) * 4
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * logits

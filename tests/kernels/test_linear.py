@@ -1,0 +1,346 @@
+"""The fused losses: no less accurate than PyTorch, and what a wrong objective would break."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import (
+    IGNORE_INDEX,
+    crt_loss,
+    linear_cross_entropy,
+    linear_crt,
+    linear_rda,
+    linear_vitask,
+    rda_loss,
+    response_loss,
+)
+from tests.kernels.cases import assert_as_good_as_torch, cases, draw, measure, truth
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"  # without one, conftest lets Triton interpret
+FUSED = ["triton"] if CUDA else ["cpu", "triton"]
+fused = pytest.mark.parametrize("implementation", FUSED)
+every = pytest.mark.parametrize("implementation", [*FUSED, "reference"])
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# The interpreter takes milliseconds a program and step: few examples, small shapes.
+QUICK = settings(max_examples=40)
+
+
+# Right
+
+
+@every
+@QUICK
+@given(cases(FLOATS, max_rows=9, max_vocab=300))
+def test_errors_are_at_most_twice_torchs(implementation, case):
+    assert_as_good_as_torch(case.to(DEVICE), implementation)
+
+
+@pytest.mark.skipif(CUDA, reason="float64 is for the CPU")
+@given(cases((torch.float64,), max_rows=80, max_vocab=2000))
+@settings(max_examples=40)
+def test_chunked_path_is_exact_in_float64(case):
+    exact = truth(case).values
+    for name, value in measure(case, "cpu").values.items():
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(value, exact[name], rtol=1e-11, atol=1e-13, msg=name)
+
+
+# one block exactly and one more; a whole vocabulary; V = 2; every row a program of its own
+SHAPES = [(1, 2048, 8), (2, 2049, 8), (1, 151_674, 4), (1, 92_553, 4), (3, 2, 5), (300, 5, 3)]
+
+
+@every
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_errors_are_at_most_twice_torchs_at_the_edges(implementation, shape, dtype):
+    case = draw(*shape, dtype=dtype, ignored=0.2 if shape[0] > 3 else 0.0)
+    assert_as_good_as_torch(case.to(DEVICE), implementation)
+
+
+@pytest.mark.parametrize("implementation", [None] if CUDA else ["cpu"])
+def test_errors_are_at_most_twice_torchs_with_many_rows(implementation):
+    case = draw(4096, 1001, 16, exemplars=0.9, negatives=0.5)
+    assert_as_good_as_torch(case.to(DEVICE), implementation)
+
+
+@every
+def test_no_rows_give_zero_loss(implementation):
+    outcome = measure(draw(0, 7, 3).to(DEVICE), implementation).values
+    assert all(outcome[name] == 0 for name in ("total", "response", "exemplar", "rda", "crt"))
+    assert outcome["gradient of weight"].abs().sum() == 0
+    per_row = measure(draw(0, 7, 3, reduction="none").to(DEVICE), implementation).values
+    assert per_row["total"].shape == (0,)
+
+
+@every
+def test_one_operation_gives_what_the_single_ones_give(implementation):
+    case = draw(7, 50, 6).to(DEVICE)
+    h, w, y = case.hidden, case.weight, case.labels
+    chosen = {"implementation": implementation}
+    joint = linear_vitask(
+        h, w, y, exemplar_hidden=case.exemplar, negative_hidden=case.negative,
+        rda_weight=0.5, crt_weight=0.25, **chosen,
+    )  # fmt: skip
+    same = torch.testing.assert_close
+    same(joint.response, linear_cross_entropy(h, w, y, **chosen))
+    same(joint.exemplar, linear_cross_entropy(case.exemplar, w, y, **chosen))
+    same(joint.rda, linear_rda(h, case.exemplar, w, y, **chosen))
+    same(joint.crt, linear_crt(h, case.negative, w, y, **chosen))
+    total = joint.response + joint.exemplar + 0.5 * joint.rda + 0.25 * joint.crt
+    same(joint.total, total)
+
+
+@every
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_single_operations_and_gradients_equal_the_reference(implementation, reduction):
+    case = draw(7, 50, 6).to(DEVICE)
+    chosen = {"reduction": reduction, "implementation": implementation}
+
+    def both(ours, theirs, *inputs):
+        mine = [x.detach().clone().requires_grad_() for x in inputs]
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        value, expected = ours(*mine), theirs(*exact)
+        value.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=1e-6)
+        for a, b in zip(mine, exact, strict=True):
+            torch.testing.assert_close(a.grad, b.grad.float(), rtol=1e-4, atol=1e-6)
+
+    y, h, b, n, w = case.labels, case.hidden, case.exemplar, case.negative, case.weight
+    per = {"reduction": reduction}
+    both(
+        lambda h, w: linear_cross_entropy(h, w, y, **chosen),
+        lambda h, w: response_loss(h @ w.T, y, **per),
+        h, w,
+    )  # fmt: skip
+    both(
+        lambda h, b, w: linear_rda(h, b, w, y, detach_exemplar=False, **chosen),
+        lambda h, b, w: rda_loss(h @ w.T, b @ w.T, y, detach_exemplar=False, **per),
+        h, b, w,
+    )  # fmt: skip
+    both(
+        lambda h, n, w: linear_crt(h, n, w, y, **chosen),
+        lambda h, n, w: crt_loss(h @ w.T, n @ w.T, y, **per),
+        h, n, w,
+    )  # fmt: skip
+
+
+@every
+@pytest.mark.parametrize("splits", [2, 4, 16])
+def test_shares_of_the_vocabulary_merge(implementation, splits, monkeypatch):
+    if implementation != "triton":
+        pytest.skip("only the Triton path shares a row's vocabulary among programs")
+    from kernels import rows
+
+    monkeypatch.setattr(rows, "_splits", lambda *_: splits)
+    for vocab in (3, 4096, 6000, 9001):  # some programs get nothing
+        for sharpness in (1.0, 30.0):
+            case = draw(2, vocab, 4, sharpness=sharpness, ignored=0.0, detach_exemplar=False)
+            assert_as_good_as_torch(case.to(DEVICE), implementation)
+
+
+# What a wrong objective would break
+
+
+@every
+@pytest.mark.parametrize("sharpness", [1.0, 30.0], ids=["soft", "peaked"])
+def test_rda_is_zero_with_zero_gradient_at_equality(implementation, sharpness):
+    case = draw(4, 60, 5, sharpness=sharpness, ignored=0.0).to(DEVICE)
+    student = case.hidden.requires_grad_()
+    loss = linear_rda(
+        student, case.hidden.detach(), case.weight, case.labels, implementation=implementation
+    )
+    loss.backward()
+    assert abs(loss.item()) <= 1e-6
+    assert student.grad.abs().max() <= 1e-5
+
+
+@every
+@QUICK
+@given(
+    closeness=st.sampled_from([1.0, 1e-2, 1e-3]),
+    seed=st.integers(0, 2**31 - 1),
+    sharpness=st.sampled_from([1.0, 30.0]),
+)
+def test_rda_is_not_negative(implementation, closeness, seed, sharpness):
+    case = draw(5, 90, 8, seed=seed, closeness=closeness, sharpness=sharpness).to(DEVICE)
+    values = linear_rda(
+        case.hidden, case.exemplar, case.weight, case.labels,
+        reduction="none", implementation=implementation,
+    )  # fmt: skip
+    largest = (case.hidden @ case.weight.T).abs().max()
+    assert (values >= -(2.0**-22) * largest.clamp(min=1)).all()  # the rounding of the logits
+
+
+@every
+@given(st.integers(0, 2**31 - 1))
+@settings(max_examples=10)
+def test_losses_are_the_same_for_shifted_logits(implementation, seed):
+    # A column of ones in the hidden rows meets a column of the head: a constant for all logits.
+    case = draw(5, 40, 6, seed=seed).to(DEVICE)
+
+    def widened(rows: torch.Tensor, shift: float) -> torch.Tensor:
+        return torch.cat([rows, torch.full_like(rows[:, :1], shift)], dim=1)
+
+    def losses(base: float, exemplar: float, negative: float):
+        return torch.stack(
+            linear_vitask(
+                widened(case.hidden, base),
+                widened(case.weight, 1.0),
+                case.labels,
+                exemplar_hidden=widened(case.exemplar, exemplar),
+                negative_hidden=widened(case.negative, negative),
+                implementation=implementation,
+            )
+        )
+
+    torch.testing.assert_close(losses(0, 0, 0), losses(3, -2, 5), rtol=1e-5, atol=2e-6)
+
+
+@every
+@given(st.integers(0, 2**31 - 1))
+@settings(max_examples=10)
+def test_permuting_the_vocabulary_changes_nothing(implementation, seed):
+    case = draw(6, 70, 6, seed=seed).to(DEVICE)
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    keep = case.labels != IGNORE_INDEX
+    labels = order.argsort()[case.labels.where(keep, 0)].where(keep, IGNORE_INDEX)
+    permuted = replace(case, weight=case.weight[order], labels=labels)
+    ours, theirs = measure(case, implementation).values, measure(permuted, implementation).values
+    theirs["gradient of weight"] = theirs["gradient of weight"][order.argsort()]
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=2e-6, msg=name)
+
+
+@every
+def test_sum_over_rows_is_the_sum_over_their_parts(implementation):
+    case = draw(8, 40, 6, reduction="none").to(DEVICE)
+    whole = measure(case, implementation).values["total"]
+    halves = [
+        linear_vitask(
+            case.hidden[part], case.weight, case.labels[part],
+            exemplar_hidden=case.exemplar[part], negative_hidden=case.negative[part],
+            rda_weight=case.rda_weight, crt_weight=case.crt_weight,
+            reduction="none", implementation=implementation,
+        ).total
+        for part in (slice(0, 3), slice(3, 8))
+    ]  # fmt: skip
+    torch.testing.assert_close(whole, torch.cat(halves), rtol=1e-6, atol=1e-6)
+
+
+@every
+def test_hidden_gradient_of_rda_has_fishers_form(implementation):
+    # Near equality KL is ½ Δᵀ F Δ with F = Cov_p(W): the gradient of a small step Δ is F Δ.
+    case = draw(1, 30, 5, ignored=0.0, closeness=0.0)
+    step = 1e-3 * torch.ones(1, 5)
+    student = (case.hidden + step).to(DEVICE).requires_grad_()
+    linear_rda(
+        student, case.hidden.to(DEVICE), case.weight.to(DEVICE), case.labels.to(DEVICE),
+        implementation=implementation,
+    ).backward()  # fmt: skip
+    w, h = case.weight.double(), case.hidden.double()
+    p = (h @ w.T).softmax(-1)[0]
+    centred = w - p @ w
+    fisher = centred.T @ (p[:, None] * centred)
+    expected = (fisher @ step[0].double()).float()
+    torch.testing.assert_close(student.grad[0].cpu(), expected, rtol=5e-3, atol=1e-6)
+
+
+# Rows
+
+
+@every
+def test_ignored_rows_give_exactly_zero_even_if_they_hold_nan(implementation):
+    for reduction in ("mean", "none"):
+        clean = draw(6, 40, 5, ignored=0.0, reduction=reduction, detach_exemplar=False)
+        clean.labels[[1, 4]] = IGNORE_INDEX
+        expected = measure(clean.to(DEVICE), implementation).values
+        for branch in (clean.hidden, clean.exemplar, clean.negative):
+            branch[[1, 4]] = torch.nan
+        got = measure(clean.to(DEVICE), implementation).values
+        for name, value in got.items():
+            assert torch.equal(value, expected[name]), name
+        for branch in ("hidden", "exemplar", "negative"):
+            assert (got[f"gradient of {branch}"][[1, 4]] == 0).all()
+
+
+@every
+def test_rows_without_negative_or_exemplar_cost_and_count_nothing(implementation):
+    case = draw(6, 40, 5, ignored=0.0, exemplars=0.5, negatives=0.34)
+    values = measure(case.to(DEVICE), implementation).values
+    own, wrong = case.exemplar_rows, case.negative_rows
+    chosen = {"implementation": "reference"}
+    w, y = case.weight, case.labels
+    kl = linear_rda(case.hidden[own], case.exemplar, w, y[own], **chosen)
+    contrast = linear_crt(case.hidden[wrong], case.negative, w, y[wrong], **chosen)
+    torch.testing.assert_close(values["rda"].cpu(), kl)
+    torch.testing.assert_close(values["crt"].cpu(), contrast)
+    none = linear_vitask(
+        case.hidden.to(DEVICE), w.to(DEVICE), y.to(DEVICE), implementation=implementation
+    )
+    assert none.exemplar == none.rda == none.crt == 0
+    assert torch.equal(none.total, none.response)
+
+
+@every
+def test_only_total_carries_a_gradient_and_only_where_it_is_asked_for(implementation):
+    case = draw(4, 20, 5).to(DEVICE)
+    hidden = case.hidden.requires_grad_()
+    losses = linear_vitask(
+        hidden, case.weight, case.labels, exemplar_hidden=case.exemplar,
+        negative_hidden=case.negative, implementation=implementation,
+    )  # fmt: skip
+    assert losses.total.requires_grad
+    assert not any(part.requires_grad for part in losses[1:])
+    losses.total.backward()
+    assert hidden.grad is not None
+    assert case.weight.grad is None
+    with torch.no_grad():
+        silent = linear_vitask(hidden, case.weight, case.labels, implementation=implementation)
+    assert not silent.total.requires_grad
+
+
+@every
+def test_teacher_gets_no_gradient_from_rda(implementation):
+    case = draw(4, 20, 5, ignored=0.0).to(DEVICE)
+    student, teacher = case.hidden, case.exemplar.requires_grad_()
+    weight = case.weight.requires_grad_()
+    linear_rda(student, teacher, weight, case.labels, implementation=implementation).backward()
+    assert teacher.grad is None or (teacher.grad == 0).all()
+    exact = case.weight.detach().double().requires_grad_()
+    constant = teacher.detach().double() @ exact.detach().T
+    rda_loss(student.double() @ exact.T, constant, case.labels).backward()
+    torch.testing.assert_close(weight.grad, exact.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+@fused
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_run_gives_the_same_bits(implementation, reduction):
+    case = draw(40, 300, 16, negatives=0.5, reduction=reduction).to(DEVICE)
+    first, second = measure(case, implementation).values, measure(case, implementation).values
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@every
+def test_strides_of_the_inputs_do_not_matter(implementation):
+    case = draw(6, 40, 8).to(DEVICE)
+
+    def strided(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x, torch.full_like(x, 9)], dim=-1)[..., 0]
+
+    odd = replace(
+        case,
+        hidden=strided(case.hidden),
+        exemplar=case.exemplar.T.contiguous().T,
+        negative=strided(case.negative),
+        weight=case.weight.T.contiguous().T,
+        labels=strided(case.labels),
+    )
+    assert not odd.hidden.is_contiguous()
+    expected = measure(case, implementation).values
+    for name, value in measure(odd, implementation).values.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
