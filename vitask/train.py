@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
+from kernels import VITaskLosses
 from vitask.batches import Batch, make_batches
 from vitask.branches import Samples, three_forwards
 from vitask.checkpoint import Task, VITask
 from vitask.data.spec import Dataset
 from vitask.exemplar import ExemplarConnector
 from vitask.features import Features
-from vitask.objective import Losses, Weights, joint_loss, stage_weights
+from vitask.objective import Weights, joint_loss, stage_weights
 from vitask.prompts import answer, instruction, response
 from vitask.recipes import Recipe
 from vitask.tsm import TSM
@@ -105,7 +106,7 @@ class TuningStep(nn.Module):
         self.connector = connector
         self._vlm, self._recipe = vlm, recipe
 
-    def forward(self, samples: Samples, weights: Weights) -> Losses:
+    def forward(self, samples: Samples, weights: Weights) -> VITaskLosses:
         rows = three_forwards(self._vlm, self.connector, samples, self._recipe.variant)
         return joint_loss(self._vlm, rows, weights, detach_exemplar=self._recipe.detach_exemplar)
 
@@ -171,7 +172,7 @@ def tune(
         if connector is not None:
             connector.requires_grad_(stage == 1)  # trained in stage 1 only
         vlm.adapter.train()
-        sums: dict[str, float] = dict.fromkeys(Losses._fields, 0.0)
+        sums: dict[str, float] = dict.fromkeys(VITaskLosses._fields, 0.0)
         for batch in batches:
             samples = data.rows(batch, accelerator.device, contrastive=weights.crt > 0)
             losses = wrapped(samples, weights)
@@ -180,7 +181,7 @@ def tune(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            for name, value in zip(Losses._fields, losses, strict=True):
+            for name, value in zip(VITaskLosses._fields, losses, strict=True):
                 sums[name] += float(value.detach())
             if not np.isfinite(sums["total"]):
                 raise FloatingPointError(

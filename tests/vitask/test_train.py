@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitask.branches import Samples, three_forwards
 from vitask.checkpoint import VITask
@@ -283,3 +284,23 @@ def test_self_check_passes_on_images_and_stops_on_a_model_that_ignores_them(tune
     blind = Features(tiny_datasets, lambda images: model.vlm.image_features(images) * 0)
     with pytest.raises(RuntimeError, match="image"):
         check_image_sensitivity(model, tiny_datasets, blind)
+
+
+def test_training_step_never_makes_logits_of_all_rows(rows):
+    vlm, connector, samples = rows
+    operations, widths = [], set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            operations.append(str(function))
+            if isinstance(result, torch.Tensor) and result.ndim:
+                widths.add(result.shape[-1])
+            return result
+
+    done = three_forwards(vlm, connector, samples, "cls")
+    with Seen():
+        joint_loss(vlm, done, Weights(1.0, 1.0), detach_exemplar=True).total.backward()
+    assert operations.count("vitask.joint_loss.default") == 1
+    assert operations.count("vitask.joint_loss_backward.default") == 1
+    assert len(vlm.head) not in widths
