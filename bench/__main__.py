@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from bench.plan import Plan
     from bench.record import Record
-    from bench.runs import Plan
     from vitask.data.spec import Dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +105,7 @@ def run(
     _resolved(lambda: [spec(name, roots=roots) for name in (*names, *_words(allow_unverified))])
     refuse_hub_kernels()
 
-    from bench.runs import Plan
+    from bench.plan import Plan
 
     plan = Plan(
         recipe=chosen,
@@ -130,40 +130,52 @@ def _run(wanted: Sequence[str], plan: "Plan", *, resume: bool, fresh: bool) -> d
 
     from bench import runs, table
     from bench.official import write_official
-    from bench.progress import Progress
+    from bench.plan import Job, specs_of
+    from bench.progress import Progress, Scaled
     from bench.record import command_line
-    from bench.suites import suite
 
     logging.disable_progress_bar()  # one progress display is enough: ours
     failed: dict[str, str] = {}
-    cache: dict[str, Any] = {}  # what suites share
-    datasets = plan.datasets()
-    specs = {name: dataset.spec for name, dataset in datasets.items()}
-    units = sum(suite(name).units(plan.recipe) for name in wanted) * len(plan.seeds)
+    jobs: list[Job] = []
+    loaded: dict[Any, Any] = {}  # data that suites share
+    for name in wanted:
+        try:
+            jobs.append(Job.of(name, plan, loaded))
+        except Exception as error:
+            if len(wanted) == 1:
+                raise
+            failed[name] = _described(error)
+    cache: dict[Any, Any] = {}  # what suites compute in common
+    units = sum(job.units for job in jobs) * len(plan.seeds)
     with runs.locked(plan.folder), Progress(units) as progress:
-        for name in wanted:
+        if fresh:
+            runs.start_over(plan.folder)
+        for job in jobs:
+            scaled = Scaled(progress, job.units / job.module.units(job.plan.recipe))
             try:
                 records = runs.run_suite(
-                    name,
-                    plan,
-                    datasets,
-                    progress,
+                    job,
+                    plan.folder,
+                    scaled,
                     command=command_line(plan.roots, plan.out),
                     resume=resume,
-                    fresh=fresh,
                     cache=cache,
                 )
-                progress.note(f"{name}: bootstrap, tests and tables")
-                written = table.write(plan.folder, records, specs)
+                progress.note(f"{job.name}: bootstrap, tests and tables")
+                written = table.write(plan.folder, records, specs_of(records[0]))
                 write_official(plan.folder, records)
             except Exception as error:  # the other suites go on
-                if not _ours(error):
-                    traceback.print_exc()
-                failed[name] = f"{type(error).__name__}: {error}"
+                failed[job.name] = _described(error)
                 continue
-            progress.note(f"{name}: wrote {', '.join(map(str, written))}")
-            fresh = False  # once for the folder, not again for the next suite
+            progress.note(f"{job.name}: wrote {', '.join(map(str, written))}")
     return failed
+
+
+def _described(error: Exception) -> str:
+    """What went wrong, in a line; the trace of what is not our own boundary's is printed."""
+    if not _ours(error):
+        traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}"
 
 
 @app.command("list")
@@ -201,11 +213,12 @@ def report(
     """Render tables and pages again from the records and samples; needs no data."""
     from bench import runs, table
     from bench.official import write_official
+    from bench.plan import specs_of
 
     for folder in _runs(folders, out):
         with runs.locked(folder):
             for records in _suites(folder):
-                written = table.write(folder, records, runs.specs_of(records[0]))
+                written = table.write(folder, records, specs_of(records[0]))
                 for path in [*written, *write_official(folder, records)]:
                     typer.echo(str(path))
 
@@ -219,11 +232,12 @@ def verify(
     allow_unverified: Unverified = "",
 ) -> None:
     """Score again from the per-sample files and the data's labels; exit 1 on any difference."""
-    from bench.runs import plan_of
+    from bench.plan import Job, plan_of
     from bench.verify import differences
 
-    found, loaded = [], dict[str, "dict[str, Dataset]"]()
+    found = []
     for folder in _runs(folders, out):
+        loaded: dict[Any, dict[str, Dataset]] = {}
         for records in _suites(folder):
             plan = plan_of(
                 records[0],
@@ -231,9 +245,8 @@ def verify(
                 allow_unverified=_words(allow_unverified),
                 folder=folder,
             )
-            if str(folder) not in loaded:
-                loaded[str(folder)] = plan.datasets()
-            wrong = differences(folder, records, loaded[str(folder)])
+            job = Job.of(records[0].suite, plan, loaded)
+            wrong = differences(folder, records, job.evaluated)
             found += [f"{folder}: {text}" for text in wrong]
             count = f"{len(records)} record(s) of {records[0].suite}"
             typer.echo(f"{folder}: {count}: {f'{len(wrong)} difference(s)' if wrong else 'ok'}")

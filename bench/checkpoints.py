@@ -2,11 +2,12 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench.record import write_text
+from bench.record import peak_mib, write_text
 
 Model = TypeVar("Model")
 
@@ -14,27 +15,43 @@ Model = TypeVar("Model")
 def kept(
     folder: Path,
     key: str,
+    suite: str,
     make: Callable[[], tuple[Model, Any]],
     save: Callable[[Model, Path], None],
     load: Callable[[Path], Model],
-) -> tuple[Model, Any, bool]:
-    """The model of this content key with its log, and whether it was found.
+) -> tuple[Model, dict[str, Any]]:
+    """The model of this content key and its note: log, seconds and peak_mib of its training.
 
-    Otherwise it is made and saved; the note with the key is written last, so a checkpoint cut off
-    in the middle does not count. The loaded model is used either way: what is scored is what is
-    on disk.
+    One that is not there is made and saved; its note is written last, so a checkpoint cut off in
+    the middle does not count. The loaded model is used either way: what is scored is what is on
+    disk. In the note, `found` says whether it was there and `suite` for which suite it was made.
     """
-    note = folder.with_name(f"{folder.name}.json")
-    found = False
-    if note.is_file() and folder.is_dir():
-        written = json.loads(note.read_text())
-        found = written["key"] == key
-    if not found:
-        note.unlink(missing_ok=True)
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        model, log = make()
-        save(model, folder)
-        write_text(note, json.dumps({"key": key, "log": log}, indent=1) + "\n")
-    return load(folder), json.loads(note.read_text())["log"], found
+    path = folder.with_name(f"{folder.name}.json")
+    if folder.is_dir() and path.is_file():
+        note = json.loads(path.read_text())
+        if note["key"] == key:
+            return load(folder), note | {"found": True}
+    discard(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    model, log = make()
+    seconds = round(time.perf_counter() - start, 2)
+    save(model, folder)
+    note = {"key": key, "suite": suite, "log": log}
+    note |= {"seconds": seconds, "peak_mib": round(peak_mib())}
+    write_text(path, json.dumps(note, indent=1) + "\n")
+    return load(folder), json.loads(path.read_text()) | {"found": False}
+
+
+def discard(folder: Path) -> None:
+    """Remove a model; its note first, without which it does not count."""
+    folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def discard_of(place: Path, suite: str) -> None:
+    """Remove the models that were made for a suite."""
+    for path in place.glob("*.json"):
+        if json.loads(path.read_text()).get("suite") == suite:
+            discard(path.with_suffix(""))

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 
 from bench.metrics import measure, scored
+from bench.plan import specs_of
 from bench.record import Record, candidates_of, read_samples, write_text
-from bench.runs import specs_of
 
+SUITE = "main"  # asks the plain question
 FOLDER = "official"
 
 
@@ -36,12 +37,13 @@ def official_texts(folder: Path, records: Sequence[Record]) -> dict[str, str]:
     """File name -> text, one per record and official dataset.
 
     `{flag}{_size}_test_[AUC]..._[ACC]...@{run}.csv`; rows: index and class probabilities (no
-    log-probabilities), no header. For real, whole, verified MedMNIST test parts only.
+    log-probabilities), no header. For real, whole, verified MedMNIST test parts only, and for
+    the suite that asks the plain question.
     """
     texts = {}
     for record in records:
         official = [name for name, card in record.data.items() if is_official(card)]
-        if not official:
+        if not official or record.plan["limit"] is not None or record.suite != SUITE:
             continue
         samples, specs = (
             read_samples(folder / "samples" / f"{record.name}.parquet"),
@@ -65,9 +67,9 @@ def official_texts(folder: Path, records: Sequence[Record]) -> dict[str, str]:
 
 
 def is_official(card: dict[str, Any]) -> bool:
-    """A verified file of MedMNIST with its whole test part, in a run without a limit."""
+    """A verified file of MedMNIST with its whole test part."""
     whole = card["images"]["test"] == card["spec"]["n_samples"]["test"]
-    return card["source"] == "medmnist" and card["md5_ok"] and card["limit"] is None and whole
+    return card["source"] == "medmnist" and card["md5_ok"] and whole
 
 
 def file_name(flag: str, size: int, *, auc: float, accuracy: float, run: str) -> str:

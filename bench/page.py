@@ -1,14 +1,15 @@
 """The Markdown page of a suite: tables of its CSV, what is published beside it, what made it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pandas as pd
 
 from bench.record import Record
-from bench.suites import suite
+from bench.suites import Suite, suite
 
 TABLES = {
     "macro_f1": "Macro-F1 over the fixed label set, by constrained scoring",
@@ -22,9 +23,12 @@ TABLES = {
 }
 LOWER_IS_BETTER = ("ece", "gen_invalid")
 SIGNIFICANT = 0.05
+MOST_COLUMNS = 8  # of a table; with more methods each is a line
 
 
-def page(frame: pd.DataFrame, records: Sequence[Record], root: Path) -> str:
+def page(
+    frame: pd.DataFrame, records: Sequence[Record], root: Path, figures: Collection[str] = ()
+) -> str:
     """Text of the page; the same records give the same bytes."""
     first = records[0]
     module = suite(first.suite)
@@ -36,9 +40,11 @@ def page(frame: pd.DataFrame, records: Sequence[Record], root: Path) -> str:
         undefined=jinja2.StrictUndefined,
         autoescape=False,
     )
+    titles = getattr(module, "TABLES", TABLES)
     tables = [
-        (title, _table(frame, metric, list(module.METHODS))) for metric, title in TABLES.items()
+        (title, _table(frame, metric, list(module.METHODS))) for metric, title in titles.items()
     ]
+    sections: list[tuple[str, str]] = getattr(module, "sections", lambda records: [])(records)
     return environment.get_template("suite.md").render(
         suite=first.suite,
         about=(module.__doc__ or "").strip(),
@@ -47,36 +53,47 @@ def page(frame: pd.DataFrame, records: Sequence[Record], root: Path) -> str:
         record=first,
         seeds=sorted({record.seed for record in records}),
         methods=module.METHODS,
-        reference=module.REFERENCE,
-        tables=[(title, table) for title, table in tables if table],
+        reference=_reference(module),
+        tables=[(title, table) for title, table in [*tables, *sections] if table],
+        figures=sorted(figures),
         unverified=[name for name, card in first.data.items() if not card["md5_ok"]],
         small=[n for n, card in first.data.items() if card["images"]["test"] < 500],
         coverage={n: c["coverage"] for r in records for n, c in r.candidates.items()},
         published_note=module.PUBLISHED_NOTE,
         published=_published(module.PUBLISHED, root),
         recipe_json=json.dumps(first.recipe, indent=1),
-        limit=next(iter(first.data.values()))["limit"],
+        limit=first.plan["limit"],
     )
 
 
+def _reference(module: Suite) -> str:
+    """What the marks compare with, in words; empty without a comparison."""
+    if isinstance(module.REFERENCE, str):
+        return f"`{module.REFERENCE}`"
+    return "each method's own reference (named with the methods)" if module.REFERENCE else ""
+
+
 def _table(frame: pd.DataFrame, metric: str, methods: Sequence[str]) -> str:
-    """Markdown: a line a dataset, a column a method; empty text if nobody has the metric."""
+    """Markdown: a line a dataset, a column a method, turned round for many methods; empty text
+    if nobody has the metric."""
     rows = frame[frame["metric"] == metric]
-    if rows.empty:
-        return ""
     methods = [method for method in methods if (rows["method"] == method).any()]
-    lines = ["| dataset | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
-    for dataset in rows["dataset"].unique():
-        cells = []
-        for method in methods:
-            row = rows[(rows["dataset"] == dataset) & (rows["method"] == method)]
-            cells.append(_cell(row.iloc[0]) if len(row) else "–")
-        name = f"**{dataset}**" if dataset == "average" else dataset
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    datasets = rows["dataset"].unique().tolist()
+    cells = {(row["dataset"], row["method"]): _cell(row) for row in rows.to_dict(orient="records")}
+    if not cells:
+        return ""
+    wide = len(methods) <= MOST_COLUMNS
+    down, across = (datasets, methods) if wide else (methods, datasets)
+    corner = "dataset" if wide else "method"
+    lines = [f"| {corner} | " + " | ".join(across) + " |", "|---" * (len(across) + 1) + "|"]
+    for one in down:
+        line = [cells.get((one, m) if wide else (m, one), "–") for m in across]
+        name = f"**{one}**" if one == "average" else one
+        lines.append(f"| {name} | " + " | ".join(line) + " |")
     return "\n".join(lines)
 
 
-def _cell(row: pd.Series) -> str:
+def _cell(row: dict[str, Any]) -> str:
     if pd.isna(row["mean"]):
         return "–"
     text = f"{row['mean']:.3f}"

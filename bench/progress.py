@@ -1,7 +1,9 @@
 """One progress display over all work, with the time left; plain lines without a terminal."""
 
 import time
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -14,6 +16,28 @@ from rich.progress import (
 from rich.progress import (
     Progress as Bar,
 )
+
+
+class Advancing(Protocol):
+    """What work tells of itself."""
+
+    def advance(self, units: float, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A display whose units are worth `factor` of another's."""
+
+    whole: Advancing
+    factor: float
+
+    def advance(self, units: float, text: str) -> None:
+        self.whole.advance(units * self.factor, text)
+
+    def note(self, text: str) -> None:
+        self.whole.note(text)
 
 
 class Progress:

@@ -55,18 +55,20 @@ class Record:
     key: str  # content key: equal keys give equal results
     command: str
     recipe: dict[str, Any]
-    data: dict[str, dict[str, Any]]  # per dataset: source, size, md5, md5_ok, images used, whole
+    plan: dict[str, Any]  # source and names of the datasets that were asked for, limit
+    data: dict[str, dict[str, Any]]  # per scored dataset: source, size, md5, md5_ok, images used
+    trained_on: dict[str, dict[str, Any]]  # the same of what was trained on
     candidates: dict[str, dict[str, Any]]  # multi-label only: answers, members, coverage
     prompts: dict[str, str]  # per dataset, the instruction
     prompts_sha256: str
     samples_sha256: str
-    metrics: dict[str, dict[str, float | None]]  # per dataset; None for NaN
+    metrics: dict[str, dict[str, float | None]]  # per scored dataset; None for NaN
     confusion: dict[str, list[list[int]]]
     extras: dict[str, Any]  # validation curves, losses, what was chosen
     versions: dict[str, str]
     commit: str
     hardware: dict[str, Any]
-    measured: dict[str, Any] = field(default_factory=dict)  # seconds, peak_mib, sha256
+    measured: dict[str, Any] = field(default_factory=dict)  # seconds, peak_mib, values, sha256
 
     @property
     def name(self) -> str:

@@ -6,20 +6,21 @@ it is started again, and ends with the same files; a finished one is computed ag
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench import record as records
+from bench.checkpoints import discard_of
 from bench.metrics import confusion, measure, scored
-from bench.progress import Progress
+from bench.plan import Job, prompts, prompts_sha256
+from bench.progress import Advancing
 from bench.record import (
     Record,
     content_key,
@@ -28,56 +29,11 @@ from bench.record import (
     write_samples,
     write_text,
 )
-from bench.suites import Context, Outcome, suite
-from vitask.data import load, subset
-from vitask.data.spec import Dataset, DatasetSpec
-from vitask.prompts import candidates, instruction
-from vitask.recipes import Recipe
+from bench.suites import Context, Outcome
+from vitask.data.spec import Dataset
+from vitask.prompts import candidates
 
 PARTS = ("records", "samples", "checkpoints", "official")  # folders of a run
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was asked for on the command line."""
-
-    recipe: Recipe
-    source: str  # phantom | medmnist
-    names: tuple[str, ...]  # datasets
-    roots: tuple[Path, ...] = ()
-    allow_unverified: tuple[str, ...] = ()
-    limit: int | None = None
-    out: Path = Path("leaderboards")
-    seeds: tuple[int, ...] = (0,)
-
-    @property
-    def folder(self) -> Path:
-        """OUT/<recipe>-<data>, with what makes it another run: the limit, other datasets."""
-        name = f"{self.recipe.name}-{self.source}"
-        if self.limit is not None:
-            name += f"-limit{self.limit}"
-        if set(self.names) != set(self.recipe.datasets(self.source)):
-            text = ",".join(sorted(self.names))
-            name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        return self.out / name
-
-    def datasets(self) -> dict[str, Dataset]:
-        """All datasets, checked before anything is computed, cut to the recipe's size."""
-        found = {}
-        for name in self.names:
-            dataset = load(
-                name,
-                source=self.source,
-                roots=self.roots,
-                size=self.recipe.source_size,
-                allow_unverified=self.allow_unverified,
-                phantom_sizes=self.recipe.phantom_samples,
-            )
-            dataset = subset(dataset, train=self.recipe.train_limit, val=self.recipe.val_limit)
-            if self.limit is not None:
-                dataset = subset(dataset, train=self.limit, val=self.limit, test=self.limit)
-            found[name] = dataset
-        return found
 
 
 @contextmanager
@@ -116,56 +72,49 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON ({error}); remove the folder or use --fresh") from None
 
 
+def start_over(folder: Path) -> None:
+    """Throw away everything that runs have left in a folder."""
+    for part in PARTS:
+        shutil.rmtree(folder / part, ignore_errors=True)
+    (folder / "run.json").unlink(missing_ok=True)
+
+
 def run_suite(
-    name: str,
-    plan: Plan,
-    datasets: dict[str, Dataset],
-    progress: Progress,
+    job: Job,
+    folder: Path,
+    progress: Advancing,
     *,
     command: str,
     resume: bool = False,
-    fresh: bool = False,
-    cache: dict[str, Any] | None = None,
+    cache: dict[Any, Any] | None = None,
 ) -> list[Record]:
     """Run one suite over all seeds and return its records, in the order of methods and seeds."""
     import torch
 
-    module = suite(name)
-    folder = plan.folder
-    base = _identity(plan, datasets)
+    module, name, plan = job.module, job.name, job.plan
     keys = {
-        (method, seed): content_key(base | {"suite": name, "method": method, "seed": seed})
+        (method, seed): content_key(
+            job.identity() | {"suite": name, "method": method, "seed": seed}
+        )
         for seed in plan.seeds
         for method in module.METHODS
     }
-    wanted_names = [record_name(name, method, seed) for method, seed in keys]
-    run_key = content_key(dict(zip(wanted_names, keys.values(), strict=True)))
-    manifest = {} if fresh else read_manifest(folder)
-    before = manifest.get(name, {})
-    continues = before.get("key") == run_key and not before.get("finished")
-    if before and not (continues or before.get("finished") or resume):
-        progress.note(f"{name}: the unfinished run in {folder} is of another key; starting again")
-    if not (continues or resume):
-        _discard(folder, name)
-    manifest[name] = {
-        "key": run_key,
-        "command": command,
-        "finished": False,
-        "records": wanted_names,
-    }
-    _write_manifest(folder, manifest)
-
+    run = _Run(job, folder, keys, command)
+    run.begin(progress, resume=resume)
     context = Context(
+        suite=name,
         recipe=plan.recipe,
-        datasets=datasets,
+        datasets=job.datasets,
+        evaluated=job.evaluated,
         folder=folder,
-        key=content_key(base),
+        identity=job.base(),
         device="cuda" if torch.cuda.is_available() else "cpu",
         progress=progress,
+        prefix="study-" if getattr(module, "STUDY", False) else "",
         cache={} if cache is None else cache,
     )
     for seed in plan.seeds:
-        missing = [m for m in module.METHODS if not _there(folder, name, m, seed, keys[m, seed])]
+        missing = run.missing(seed)
         done = len(module.METHODS) - len(missing)
         if done:
             share = module.units(plan.recipe) * done / len(module.METHODS)
@@ -175,17 +124,110 @@ def run_suite(
             continue
         start = time.perf_counter()
         for outcome in module.run(context, seed, missing):
-            measured = {
-                "seconds": round(time.perf_counter() - start, 2),
-                "peak_mib": round(records.peak_mib()),
-            }
-            _write(
-                plan, name, seed, keys[outcome.method, seed], outcome, context, command, measured
-            )
+            run.write(outcome, seed, round(time.perf_counter() - start, 2))
             start = time.perf_counter()
-    manifest[name]["finished"] = True
-    _write_manifest(folder, manifest)
+    run.end()
     return read_records(folder, name)
+
+
+@dataclass
+class _Run:
+    """A suite's run on disk: its entry in the manifest, its records and samples."""
+
+    job: Job
+    folder: Path
+    keys: dict[tuple[str, int], str]  # of each method and seed
+    command: str
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self, progress: Advancing, *, resume: bool) -> None:
+        """Go on with what is there, or throw it away, and say in the manifest what will be."""
+        name = self.job.name
+        names = [record_name(name, method, seed) for method, seed in self.keys]
+        key = content_key(dict(zip(names, self.keys.values(), strict=True)))
+        self.manifest = read_manifest(self.folder)
+        before = self.manifest.get(name, {})
+        continues = before.get("key") == key and not before.get("finished")
+        if before and not (continues or before.get("finished") or resume):
+            progress.note(
+                f"{name}: the unfinished run in {self.folder} is of another key; starting again"
+            )
+        if not (continues or resume):
+            _discard(self.folder, name)
+        self.manifest[name] = {
+            "key": key,
+            "command": self.command,
+            "finished": False,
+            "records": names,
+        }
+        _write_manifest(self.folder, self.manifest)
+
+    def missing(self, seed: int) -> list[str]:
+        """Methods whose record of this key is not there, or whose samples are damaged."""
+        return [
+            method
+            for method in self.job.module.METHODS
+            if not _there(self.folder, self.job.name, method, seed, self.keys[method, seed])
+        ]
+
+    def write(self, outcome: Outcome, seed: int, seconds: float) -> None:
+        """Samples first, then the record: a record that exists is whole."""
+        job, name = self.job, record_name(self.job.name, outcome.method, seed)
+        digest = write_samples(
+            self.folder / "samples" / f"{name}.parquet", outcome.predictions, job.evaluated
+        )
+        metrics, matrices, cards = _judge(job, outcome)
+        varying = {}
+        for dataset, values in outcome.values.items():
+            fixed = {k: float(v) for k, v in values.items() if k not in outcome.measured}
+            metrics[dataset] = metrics.get(dataset, {}) | fixed
+            varying[dataset] = {k: float(v) for k, v in values.items() if k in outcome.measured}
+        measured: dict[str, Any] = {"seconds": seconds, "peak_mib": round(records.peak_mib())}
+        if any(varying.values()):
+            measured["values"] = varying
+        plan = job.plan
+        Record(
+            suite=job.name,
+            method=outcome.method,
+            seed=seed,
+            key=self.keys[outcome.method, seed],
+            command=self.command,
+            recipe=asdict(plan.recipe),
+            plan={"source": plan.source, "names": list(plan.names), "limit": plan.limit},
+            data={n: _data_card(d) for n, d in job.evaluated.items()},
+            trained_on={n: _data_card(d) for n, d in job.datasets.items()},
+            candidates=cards,
+            prompts=prompts(job.datasets | job.evaluated),
+            prompts_sha256=prompts_sha256(job.datasets | job.evaluated),
+            samples_sha256=digest,
+            metrics=metrics,
+            confusion=matrices,
+            extras=outcome.extras,
+            versions=records.versions(),
+            commit=records.commit(),
+            hardware=records.hardware(),
+            measured=measured,
+        ).write(self.folder)
+
+    def end(self) -> None:
+        self.manifest[self.job.name]["finished"] = True
+        _write_manifest(self.folder, self.manifest)
+
+
+def _judge(job: Job, outcome: Outcome) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Metrics, confusion matrices and multi-label candidates, each by dataset."""
+    metrics, matrices, cards = {}, {}, {}
+    for prediction in outcome.predictions:
+        name = prediction.dataset
+        dataset = job.evaluated[name]
+        test = dataset.splits["test"].labels
+        answers = candidates(dataset.spec, dataset.splits["train"].labels)
+        if dataset.spec.multi_label:
+            cards[name] = records.candidates_card(answers, test)
+        data = scored(dataset.spec, test, prediction, answers)
+        metrics[name] = plain(measure(data))
+        matrices[name] = confusion(data)
+    return metrics, matrices, cards
 
 
 def read_records(folder: Path, name: str) -> list[Record]:
@@ -203,27 +245,6 @@ def read_records(folder: Path, name: str) -> list[Record]:
     return [Record.read(path) for path in paths]
 
 
-def _identity(plan: Plan, datasets: dict[str, Dataset]) -> dict[str, Any]:
-    """Everything that decides a result, but for suite, method and seed."""
-    return {
-        "recipe": asdict(plan.recipe),
-        "limit": plan.limit,
-        "data": {name: [d.source, d.size, d.md5] for name, d in datasets.items()},
-        "prompts": _prompts_sha256(datasets),
-        "sources": records.sources_sha256(),
-        "versions": records.versions(),
-    }
-
-
-def _prompts(datasets: dict[str, Dataset]) -> dict[str, str]:
-    return {name: instruction(dataset.spec) for name, dataset in datasets.items()}
-
-
-def _prompts_sha256(datasets: dict[str, Dataset]) -> str:
-    text = json.dumps(_prompts(datasets), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _there(folder: Path, suite_name: str, method: str, seed: int, key: str) -> bool:
     path = folder / "records" / f"{record_name(suite_name, method, seed)}.json"
     samples = folder / "samples" / f"{path.stem}.parquet"
@@ -234,61 +255,15 @@ def _there(folder: Path, suite_name: str, method: str, seed: int, key: str) -> b
 
 
 def _discard(folder: Path, suite_name: str) -> None:
-    """Remove a suite's records before it is computed again; its checkpoints go with them."""
+    """Remove a suite's records, and the models made for it, before it is computed again."""
     for part, ending in (("records", "json"), ("samples", "parquet")):
         for path in (folder / part).glob(f"{suite_name}-*-seed*.{ending}"):
             path.unlink()
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    discard_of(folder / "checkpoints", suite_name)
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     write_text(folder / "run.json", json.dumps(manifest, indent=1) + "\n")
-
-
-def _write(
-    plan: Plan,
-    suite_name: str,
-    seed: int,
-    key: str,
-    outcome: Outcome,
-    context: Context,
-    command: str,
-    measured: dict[str, Any],
-) -> None:
-    """Samples first, then the record: a record that exists is whole."""
-    datasets, folder = context.datasets, context.folder
-    name = record_name(suite_name, outcome.method, seed)
-    digest = write_samples(folder / "samples" / f"{name}.parquet", outcome.predictions, datasets)
-    metrics, matrices, cards = {}, {}, {}
-    for prediction in outcome.predictions:
-        dataset = datasets[prediction.dataset]
-        test = dataset.splits["test"].labels
-        answers = candidates(dataset.spec, dataset.splits["train"].labels)
-        if dataset.spec.multi_label:
-            cards[prediction.dataset] = records.candidates_card(answers, test)
-        data = scored(dataset.spec, test, prediction, answers)
-        metrics[prediction.dataset] = plain(measure(data))
-        matrices[prediction.dataset] = confusion(data)
-    Record(
-        suite=suite_name,
-        method=outcome.method,
-        seed=seed,
-        key=key,
-        command=command,
-        recipe=asdict(plan.recipe),
-        data={name: _data_card(dataset, plan) for name, dataset in datasets.items()},
-        candidates=cards,
-        prompts=_prompts(datasets),
-        prompts_sha256=_prompts_sha256(datasets),
-        samples_sha256=digest,
-        metrics=metrics,
-        confusion=matrices,
-        extras=outcome.extras,
-        versions=records.versions(),
-        commit=records.commit(),
-        hardware=records.hardware(),
-        measured=measured,
-    ).write(folder)
 
 
 def plain(metrics: dict[str, Any]) -> dict[str, float | None]:
@@ -297,7 +272,7 @@ def plain(metrics: dict[str, Any]) -> dict[str, float | None]:
     return {name: None if v != v else round(v, 12) for name, v in values.items()}
 
 
-def _data_card(dataset: Dataset, plan: Plan) -> dict[str, Any]:
+def _data_card(dataset: Dataset) -> dict[str, Any]:
     return {
         "source": dataset.source,
         "size": dataset.size,
@@ -306,33 +281,4 @@ def _data_card(dataset: Dataset, plan: Plan) -> dict[str, Any]:
         "license": dataset.spec.license,
         "spec": asdict(dataset.spec),
         "images": {part: len(split) for part, split in dataset.splits.items()},
-        "limit": plan.limit,
     }
-
-
-def specs_of(record: Record) -> dict[str, DatasetSpec]:
-    """The descriptions of a record's datasets, as they were when it was made."""
-    specs = {}
-    for name, card in record.data.items():
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in card["spec"].items()
-        }
-        specs[name] = DatasetSpec(**fields)
-    return specs
-
-
-def plan_of(
-    record: Record, *, roots: Sequence[Path], allow_unverified: Sequence[str], folder: Path
-) -> Plan:
-    """The plan that a record was made by, for loading its data again."""
-    recipe = Recipe.of_json(record.recipe)
-    cards = record.data.values()
-    return Plan(
-        recipe=recipe,
-        source="phantom" if any(c["source"] == "phantom" for c in cards) else "medmnist",
-        names=tuple(record.data),
-        roots=tuple(roots),
-        allow_unverified=tuple(allow_unverified),
-        limit=next(iter(cards))["limit"],
-        out=folder.parent,
-    )

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bench.stats import (
     resampled,
     swaps,
 )
-from bench.suites import Suite, suite
+from bench.suites import Suite, reference_of, suite
 from vitask.data.spec import DatasetSpec
 
 COLUMNS = (
@@ -39,34 +40,67 @@ def tabulate(
 ) -> pd.DataFrame:
     """The long table of a suite's records; their samples lie in the same folder."""
     module = suite(records[0].suite)
-    names, methods = list(records[0].data), list(module.METHODS)
-    cells: dict[tuple[str, str], list[Record]] = {}
     samples = {r.name: read_samples(folder / "samples" / f"{r.name}.parquet") for r in records}
+    images = list(records[0].data)  # datasets whose test images are answered
+    others = dict.fromkeys(n for r in records for n in _values(r) if n not in images)
     found: dict[str, dict[str, _Cell]] = {}
-    for name in names:
-        found[name] = {}
-        for method in methods:
-            mine = sorted((r for r in records if r.method == method), key=lambda r: r.seed)
-            cells[name, method] = mine
-            seeds = [_scored(r, specs[name], samples[r.name][name]) for r in mine]
-            points = [r.metrics[name] for r in mine]
-            found[name][method] = _Cell(points, seeds)
-        _resample(name, found[name], samples[records[0].name][name].groups, module)
-    found[AVERAGE] = _average(found, methods)
-    return _frame(found, cells, records, module)
+    for name in (*images, *others):
+        cells = {}
+        for method in module.METHODS:
+            mine = [r for r in records if r.method == method and name in _values(r)]
+            if mine:
+                cells[method] = _Cell.of(sorted(mine, key=lambda r: r.seed), name, specs, samples)
+        groups = [s[name].groups for s in samples.values() if name in s]
+        if groups:
+            _resample(name, cells, groups[0], module)
+        found[name] = cells
+    if len(images) > 1:
+        found[AVERAGE] = _average({name: found[name] for name in images}, module)
+    return _frame(found, records[0], images, module)
 
 
+def _values(record: Record) -> dict[str, dict[str, float | None]]:
+    """Dataset -> metric -> value, those that differ from run to run included."""
+    varying = record.measured.get("values", {})
+    names = dict.fromkeys([*record.metrics, *varying])
+    return {name: record.metrics.get(name, {}) | varying.get(name, {}) for name in names}
+
+
+@dataclass
 class _Cell:
-    """One method on one dataset: point values by seed, and resampled ones."""
+    """One method on one dataset.
 
-    def __init__(self, points: list[dict[str, float | None]], seeds: list[Scored]) -> None:
-        self.points = {m: [_number(p[m]) for p in points] for m in points[0]}
-        self.seeds = seeds
-        self.resampled: dict[str, np.ndarray] = {}
-        self.permuted: dict[str, np.ndarray] = {}
+    points:    metric -> value of each seed
+    seeds:     its answers by seed; empty for what no image's answer says
+    resampled, permuted: metric -> (2000,) under the bootstrap; differences to the reference
+    """
+
+    records: list[Record]
+    points: dict[str, list[float]]
+    seeds: list[Scored]
+    resampled: dict[str, np.ndarray] = field(default_factory=dict)
+    permuted: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        records: list[Record],
+        name: str,
+        specs: Mapping[str, DatasetSpec],
+        samples: Mapping[str, Mapping[str, Samples]],
+    ) -> "_Cell":
+        values = [_values(record)[name] for record in records]
+        points = {metric: [_number(v[metric]) for v in values] for metric in values[0]}
+        answered = [r for r in records if name in samples[r.name]]
+        return cls(
+            records, points, [_scored(r, specs[name], samples[r.name][name]) for r in answered]
+        )
 
     def mean(self, metric: str) -> float:
         return float(np.mean(self.points[metric]))
+
+    def interval(self, metric: str) -> tuple[float, float]:
+        return interval(self.resampled.get(metric, np.array([])))
 
 
 def _scored(record: Record, spec: DatasetSpec, sample: Samples) -> Scored:
@@ -77,29 +111,32 @@ def _scored(record: Record, spec: DatasetSpec, sample: Samples) -> Scored:
 
 
 def _resample(name: str, cells: dict[str, _Cell], groups: np.ndarray | None, module: Suite) -> None:
-    """Bootstrap every method with the same indices; permute against the reference."""
-    count = len(next(iter(cells.values())).seeds[0].labels)
+    """Bootstrap every method with the same indices; permute against its reference."""
+    answered = {method: cell for method, cell in cells.items() if cell.seeds}
+    count = len(next(iter(answered.values())).seeds[0].labels)
     weights, swap = bootstrap_weights(name, count, groups), swaps(name, count, groups)
-    for cell in cells.values():
+    for method, cell in answered.items():
         cell.resampled = resampled(cell.seeds, weights)
-    if module.REFERENCE is not None:
-        reference = cells[module.REFERENCE]
-        for method, cell in cells.items():
-            if method != module.REFERENCE:
-                cell.permuted = permuted_differences(cell.seeds, reference.seeds, swap)
+        reference = reference_of(module, method)
+        if reference in answered:
+            cell.permuted = permuted_differences(cell.seeds, answered[reference].seeds, swap)
 
 
-def _average(found: dict[str, dict[str, _Cell]], methods: Sequence[str]) -> dict[str, _Cell]:
-    """Mean over the datasets, each resampled and permuted within itself."""
+def _average(found: dict[str, dict[str, _Cell]], module: Suite) -> dict[str, _Cell]:
+    """Mean over the datasets, each resampled and permuted within itself, for methods that
+    answer them all."""
     done = {}
-    for method in methods:
-        cells = [found[name][method] for name in found]
+    for method in module.METHODS:
+        cells = [found[name][method] for name in found if method in found[name]]
+        if len(cells) < len(found) or not all(cell.seeds for cell in cells):
+            continue
         shared = set.intersection(*(set(cell.points) for cell in cells))
         metrics = [m for m in cells[0].points if m in shared and not m.startswith(NOT_AVERAGED)]
-        cell = _Cell([dict.fromkeys(metrics, 0.0)], [])
+        cell = _Cell(cells[0].records, {}, [])
         for metric in metrics:
             cell.points[metric] = np.mean([c.points[metric] for c in cells], axis=0).tolist()
-            cell.resampled[metric] = np.mean([c.resampled[metric] for c in cells], axis=0)
+            if all(metric in c.resampled for c in cells):
+                cell.resampled[metric] = np.mean([c.resampled[metric] for c in cells], axis=0)
             if all(metric in c.permuted for c in cells):
                 cell.permuted[metric] = np.mean([c.permuted[metric] for c in cells], axis=0)
         done[method] = cell
@@ -107,22 +144,17 @@ def _average(found: dict[str, dict[str, _Cell]], methods: Sequence[str]) -> dict
 
 
 def _frame(
-    found: dict[str, dict[str, _Cell]],
-    made: dict[tuple[str, str], list[Record]],
-    records: Sequence[Record],
-    module: Suite,
+    found: dict[str, dict[str, _Cell]], first: Record, images: Sequence[str], module: Suite
 ) -> pd.DataFrame:
     rows = []
-    datasets = [name for name in found if name != AVERAGE]
-    data = records[0].data
-    p_holm = _adjusted(found, datasets, module)
+    p_holm = _adjusted(found, images, module)
     for name, cells in found.items():
-        parts = datasets if name == AVERAGE else [name]
-        sizes = [data[part]["images"]["test"] for part in parts]
+        parts = [name] if name in images else list(images)
+        cards = [first.data[part] for part in parts] or list(first.trained_on.values())
+        sizes = [card["images"]["test"] for card in cards] if name in (*images, AVERAGE) else [0]
         for method, cell in cells.items():
-            mine = made[parts[0], method]
             for metric, points in cell.points.items():
-                low, high = interval(cell.resampled[metric])
+                low, high = cell.interval(metric)
                 row: dict[str, Any] = {
                     "dataset": name,
                     "method": method,
@@ -131,14 +163,14 @@ def _frame(
                     "sd": np.std(points, ddof=1) if len(points) > 1 else np.nan,
                     "ci_low": low,
                     "ci_high": high,
-                    "seeds": ";".join(str(record.seed) for record in mine),
+                    "seeds": ";".join(str(record.seed) for record in cell.records),
                     "n_test": sum(sizes),
                     "primary": metric not in SECONDARY,
-                    "size": data[parts[0]]["size"],
-                    "source": ";".join(sorted({data[part]["source"] for part in parts})),
-                    "md5_ok": all(data[part]["md5_ok"] for part in parts),
+                    "size": cards[0]["size"],
+                    "source": ";".join(sorted({card["source"] for card in cards})),
+                    "md5_ok": all(card["md5_ok"] for card in cards),
                     "small_test": min(sizes) < SMALL_TEST,
-                    "record": ";".join(record.key for record in mine),
+                    "record": ";".join(record.key for record in cell.records),
                 }
                 rows.append(row | _difference(cells, method, metric, module))
                 if (name, method, metric) in p_holm:
@@ -148,12 +180,12 @@ def _frame(
 
 def _difference(cells: dict[str, _Cell], method: str, metric: str, module: Suite) -> dict[str, Any]:
     """Paired difference to the reference, on the same resamples."""
-    if module.REFERENCE is None or method == module.REFERENCE:
+    reference, cell = cells.get(reference_of(module, method) or ""), cells[method]
+    if reference is None or metric not in reference.points:
         return {}
-    reference, cell = cells[module.REFERENCE], cells[method]
-    if metric not in reference.points:
-        return {}
-    low, high = interval(cell.resampled[metric] - reference.resampled[metric])
+    low = high = np.nan
+    if metric in cell.resampled and metric in reference.resampled:
+        low, high = interval(cell.resampled[metric] - reference.resampled[metric])
     return {
         "diff_to_vanilla": cell.mean(metric) - reference.mean(metric),
         "diff_low": low,
@@ -162,26 +194,26 @@ def _difference(cells: dict[str, _Cell], method: str, metric: str, module: Suite
 
 
 def _adjusted(
-    found: dict[str, dict[str, _Cell]], datasets: Sequence[str], module: Suite
+    found: dict[str, dict[str, _Cell]], images: Sequence[str], module: Suite
 ) -> dict[tuple[str, str, str], float]:
     """p by permutation, Holm over the datasets for each method and metric; the average's is one
     test of its own."""
     adjusted: dict[tuple[str, str, str], float] = {}
-    if module.REFERENCE is None:
-        return adjusted
-    for method in found[AVERAGE]:
-        for metric in dict.fromkeys(m for cells in found.values() for m in cells[method].points):
+    for method in module.METHODS:
+        mine = {name: cells for name, cells in found.items() if method in cells}
+        reference = reference_of(module, method)
+        for metric in dict.fromkeys(m for cells in mine.values() for m in cells[method].points):
             p = {}
-            for name, cells in found.items():
+            for name, cells in mine.items():
                 permuted = cells[method].permuted.get(metric)
-                if permuted is None or metric not in cells[module.REFERENCE].points:
+                if permuted is None or metric not in cells[str(reference)].points:
                     continue
-                seen = cells[method].mean(metric) - cells[module.REFERENCE].mean(metric)
+                seen = cells[method].mean(metric) - cells[str(reference)].mean(metric)
                 if not np.isnan(seen):
                     p[name] = p_value(seen, permuted)
             if AVERAGE in p:
                 adjusted[AVERAGE, method, metric] = p[AVERAGE]
-            family = holm({name: p[name] for name in datasets if name in p})
+            family = holm({name: p[name] for name in images if name in p})
             adjusted |= {(name, method, metric): value for name, value in family.items()}
     return adjusted
 
@@ -201,7 +233,12 @@ def render(
 
     name = records[0].suite
     frame = tabulate(folder, records, specs)
-    return {f"{name}.csv": csv_text(frame), f"{name}.md": page(frame, records, ROOT)}
+    figures: dict[str, str] = getattr(suite(name), "figures", lambda frame: {})(frame)
+    return {
+        f"{name}.csv": csv_text(frame),
+        f"{name}.md": page(frame, records, ROOT, figures),
+        **figures,
+    }
 
 
 def write(folder: Path, records: Sequence[Record], specs: Mapping[str, DatasetSpec]) -> list[Path]:

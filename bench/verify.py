@@ -64,8 +64,8 @@ def _record(folder: Path, record: Record, datasets: Mapping[str, Dataset]) -> li
         said = record.samples_sha256[:16]
         return [f"{path.name} has SHA-256 {digest[:16]}, the record says {said}"]
     samples = read_samples(path)
-    if list(samples) != list(record.metrics):
-        return [f"samples hold {list(samples)}, the record {list(record.metrics)}"]
+    if list(samples) != list(record.confusion):
+        return [f"samples hold {list(samples)}, the record {list(record.confusion)}"]
     found = []
     for name, sample in samples.items():
         if name not in datasets:
@@ -104,7 +104,7 @@ def _scores(record: Record, sample: Samples, dataset: Dataset) -> list[str]:
     answers = candidates(dataset.spec, dataset.splits["train"].labels)
     data = scored(dataset.spec, labels, sample.prediction, answers)
     found, again, said = [], plain(measure(data)), record.metrics[name]
-    for metric in dict.fromkeys([*again, *said]):
+    for metric in again:
         if not _same(again.get(metric), said.get(metric)):
             here = f"{again.get(metric)} from the samples, {said.get(metric)} in the record"
             found.append(f"{metric} is {here}")

@@ -31,6 +31,17 @@ def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Study:
+    """What all experiments but the main one are made of: many models, so less of everything."""
+
+    datasets: tuple[str, ...]
+    train_limit: int | None = None  # images per dataset, stratified by class; None: all
+    stage1_epochs: int = 1
+    stage2_epochs: int = 1
+    tsm_epochs: int = 30
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One experiment, from data to scores."""
 
@@ -43,6 +54,8 @@ class Recipe:
     source_size: int = 28  # pixels: 28, 64, 128 or 224; never mixed in one table
     train_limit: int | None = None  # images per dataset, stratified by class; None: all
     val_limit: int | None = None
+    phantom_study: Study = Study(datasets=("pneumoniamnist", "retinamnist", "breastmnist"))
+    medmnist_study: Study = Study(datasets=("dermamnist", "retinamnist", "breastmnist"))
 
     # Vision language model: "pocket", a folder, or a name on the hub.
     vlm: str = "pocket"
@@ -99,9 +112,13 @@ class Recipe:
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> "Recipe":
         """The recipe that `asdict` and JSON made these fields of: lists were tuples."""
-        known: dict[str, Any] = {}
-        for name, value in fields.items():
-            known[name] = tuple(value) if isinstance(value, list) else value
+
+        def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+        known = tuples(fields)
+        for name in ("phantom_study", "medmnist_study"):
+            known[name] = Study(**tuples(known[name]))
         return cls(**known)
 
     @property
@@ -112,6 +129,19 @@ class Recipe:
     def datasets(self, source: str) -> tuple[str, ...]:
         """The recipe's own datasets for a source of data, "phantom" or "medmnist"."""
         return self.phantom_datasets if source == "phantom" else self.medmnist_datasets
+
+    def study(self, source: str) -> "Recipe":
+        """The same experiment at the size of its study."""
+        size = self.phantom_study if source == "phantom" else self.medmnist_study
+        return replace(
+            self,
+            phantom_datasets=self.phantom_study.datasets,
+            medmnist_datasets=self.medmnist_study.datasets,
+            train_limit=size.train_limit,
+            stage1_epochs=size.stage1_epochs,
+            stage2_epochs=size.stage2_epochs,
+            tsm_epochs=size.tsm_epochs,
+        )
 
 
 def vanilla(recipe: Recipe) -> Recipe:
@@ -126,6 +156,15 @@ POCKET = Recipe(
     tsm_learning_rate=3e-3,
     train_limit=500,
     val_limit=200,
+    phantom_study=Study(
+        datasets=("pneumoniamnist", "retinamnist", "breastmnist"), train_limit=96, tsm_epochs=10
+    ),
+    medmnist_study=Study(
+        datasets=("breastmnist", "retinamnist", "pneumoniamnist", "ham10000"),
+        train_limit=400,
+        stage1_epochs=2,
+        stage2_epochs=2,
+    ),
     stage1_epochs=2,
     stage2_epochs=2,
     learning_rate=3e-3,  # better than 1e-3 on validation data, for vanilla tuning and for VITask

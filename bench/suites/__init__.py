@@ -1,19 +1,29 @@
 """The suites. A new one is one file: a module with the names below, and a line in SUITES.
 
 METHODS     name -> what it is; the rows of its table
-REFERENCE   the method that differences and p-values are taken against, or None
+REFERENCE   the method that differences and p-values are taken against, or None; where each
+            method has its own, a mapping from method to reference
 PUBLISHED   file in leaderboards/published shown beside it, or None
 PUBLISHED_NOTE
             what the published numbers are and why they differ, shown above them
 units(recipe) -> float
-            one seed's work in arbitrary units, for the time left; `run` advances as many
+            one seed's work in epochs of vanilla tuning, for the time left; `run` advances as many
 run(context, seed, wanted) -> Iterator[Outcome]
             yields every wanted method as soon as it is scored
+
+and, where the defaults do not fit:
+
+STUDY       True: the suite runs at the size of the recipe's study, not of the recipe itself
+evaluated(plan, datasets) -> datasets
+            the sets that are scored, if not those that are trained on
+TABLES      metric -> title: the tables of its page
+sections(records) -> list of (title, Markdown), further parts of its page
+figures(frame) -> file name -> SVG text, shown on its page
 
 Modules are imported when they are needed: the command line lists them without torch.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
@@ -21,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
-    from bench.progress import Progress
+    from bench.progress import Advancing
     from vitask.data.spec import Dataset
     from vitask.recipes import Recipe
     from vitask.score import Prediction
@@ -31,34 +41,51 @@ SUITES = {"main": "bench.suites.main"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """One method scored on the test parts of all datasets.
+    """One method scored on the test parts.
 
-    extras: what is worth keeping of the way there (validation curves, losses), JSON-able
+    predictions: answers to every test image, from which all metrics are computed
+    values:      dataset -> metric -> value, for what no image's answer says (parameters, seconds);
+                 those that differ from run to run are named in `measured`
+    extras:      what is worth keeping of the way there (validation curves, losses), JSON-able
     """
 
     method: str
     predictions: "list[Prediction]"
     extras: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    measured: tuple[str, ...] = ()
 
 
 @dataclass
 class Context:
-    """What a suite works with. `cache` keeps what all seeds share, for the suite's own use."""
+    """What a suite works with. `cache` keeps what all seeds and suites of a run share.
 
+    datasets:  what is trained on; evaluated: what is scored (often the same)
+    identity:  what decides a model besides recipe, seed and data: limit, sources, versions
+    prefix:    of the names of this suite's checkpoints
+    """
+
+    suite: str
     recipe: "Recipe"
     datasets: "dict[str, Dataset]"
+    evaluated: "dict[str, Dataset]"
     folder: Path
-    key: str  # content key of the recipe, the data and the code: equal keys, equal results
+    identity: dict[str, Any]
     device: str
-    progress: "Progress"
-    cache: dict[str, Any] = field(default_factory=dict)
+    progress: "Advancing"
+    prefix: str = ""
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
 
 
 class Suite(Protocol):
     """A module of this package, as the docstring above describes it."""
 
     METHODS: dict[str, str]
-    REFERENCE: str | None
+    REFERENCE: str | Mapping[str, str] | None
     PUBLISHED: str | None
     PUBLISHED_NOTE: str
 
@@ -75,3 +102,11 @@ def suite(name: str) -> Suite:
         near = get_close_matches(name, SUITES) or list(SUITES)
         raise ValueError(f"no suite {name!r}; did you mean {' or '.join(near)}?")
     return cast(Suite, import_module(SUITES[name]))
+
+
+def reference_of(module: Suite, method: str) -> str | None:
+    """The method that this one is compared with; None for none, and for the reference itself."""
+    reference = module.REFERENCE
+    if isinstance(reference, Mapping):
+        return reference.get(method)
+    return None if method == reference else reference

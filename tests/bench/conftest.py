@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench.metrics import Scored, scored
-from bench.runs import Plan
+from bench.plan import Plan
 from bench.suites import SUITES
 from vitask.data.spec import TASKS, DatasetSpec
 from vitask.prompts import candidates

@@ -48,7 +48,8 @@ def record_of(plan, datasets, folder):
     ]
     record = Record(
         suite="main", method="vitask_with_ep", seed=3, key="", command="", recipe={},
-        data={name: _data_card(dataset, plan) for name, dataset in datasets.items()},
+        plan={"limit": None}, trained_on={},
+        data={name: _data_card(dataset) for name, dataset in datasets.items()},
         candidates={n: candidates_card(known[n], d.splits["test"].labels)
                     for n, d in datasets.items() if d.spec.multi_label},
         prompts={}, prompts_sha256="", samples_sha256="", metrics={}, confusion={}, extras={},
@@ -90,7 +91,7 @@ def test_old_figures_are_replaced(plan, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"source": "phantom"}, {"source": "card"}, {"md5_ok": False}, {"limit": 50},
+    [{"source": "phantom"}, {"source": "card"}, {"md5_ok": False},
      {"images": {"train": 50, "val": 50, "test": 49}}],
     ids=str,
 )  # fmt: skip
@@ -101,6 +102,15 @@ def test_only_real_whole_verified_runs_are_official(plan, tmp_path, change):
     card |= change
     assert not is_official(card)
     assert official_texts(tmp_path, [record]) == {}
+
+
+def test_limited_runs_and_other_suites_are_not_official(plan, tmp_path):
+    record = record_of(plan, {"breastmnist": small("breastmnist", 28)}, tmp_path)
+    assert official_texts(tmp_path, [record]) != {}
+    assert official_texts(tmp_path, [replace(record, plan={"limit": 50})]) == {}
+    samples = tmp_path / "samples"
+    (samples / f"{record.name}.parquet").rename(samples / "other-vitask_with_ep-seed3.parquet")
+    assert official_texts(tmp_path, [replace(record, suite="other")]) == {}
 
 
 def test_file_name():

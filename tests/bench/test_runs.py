@@ -14,6 +14,7 @@ import pytest
 
 from bench import runs, table
 from bench.official import write_official
+from bench.plan import Job, plan_of, specs_of
 from bench.progress import Progress
 from bench.record import Record
 from bench.table import COLUMNS
@@ -22,12 +23,12 @@ from bench.verify import differences
 
 def complete(plan, **how):
     """All that `python -m bench run cheap` does."""
-    datasets = plan.datasets()
+    job = Job.of("cheap", plan)
     with runs.locked(plan.folder), Progress(3.0 * len(plan.seeds)) as progress:
         records = runs.run_suite(
-            "cheap", plan, datasets, progress, command="python -m bench run cheap", **how
+            job, plan.folder, progress, command="python -m bench run cheap", **how
         )
-        table.write(plan.folder, records, runs.specs_of(records[0]))
+        table.write(plan.folder, records, specs_of(records[0]))
         write_official(plan.folder, records)
     return records
 
@@ -192,9 +193,9 @@ def test_record_survives_its_file(finished):
     again = Record.read(path)
     assert again.text() == path.read_text()
     assert again.measured["sha256"] == again.digest()
-    specs = runs.specs_of(again)
+    specs = specs_of(again)
     assert specs == {name: d.spec for name, d in plan.datasets().items()}
-    assert runs.plan_of(again, roots=(), allow_unverified=(), folder=plan.folder) == plan
+    assert plan_of(again, roots=(), allow_unverified=(), folder=plan.folder) == plan
 
 
 def test_verify_agrees(finished):

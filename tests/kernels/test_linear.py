@@ -61,6 +61,13 @@ def test_errors_are_at_most_twice_torchs_at_the_edges(implementation, shape, dty
     assert_as_good_as_torch(case.to(DEVICE), implementation)
 
 
+@every
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_errors_are_at_most_twice_torchs_where_some_rows_lack_a_branch(implementation, reduction):
+    case = draw(8, 60, 5, exemplars=0.7, negatives=0.4, ignored=0.2, reduction=reduction)
+    assert_as_good_as_torch(case.to(DEVICE), implementation)
+
+
 @pytest.mark.parametrize("implementation", [None] if CUDA else ["cpu"])
 def test_errors_are_at_most_twice_torchs_with_many_rows(implementation):
     case = draw(4096, 1001, 16, exemplars=0.9, negatives=0.5)

@@ -1,0 +1,240 @@
+"""What suites are made of: models trained once, frozen features, predictions for test images.
+
+A model is kept under `checkpoints/` and found again by what made it (recipe, seed, data, sources,
+versions), never by its name: two suites that need the same model train it once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from bench.checkpoints import kept
+from bench.record import content_key
+from bench.suites import Context
+from vitask.checkpoint import Task, VITask
+from vitask.features import Features
+from vitask.prompts import instruction
+from vitask.recipes import Recipe, vanilla
+from vitask.score import Prediction
+from vitask.selfcheck import check_image_sensitivity
+from vitask.train import tune
+from vitask.tsm import TSM, train_tsm
+from vitask.vlm import VLM
+
+if TYPE_CHECKING:
+    from vitask.data.spec import Dataset
+
+# Costs relative to one epoch of vanilla tuning, measured with the pocket recipe.
+TSM_EPOCH, VITASK_EPOCH, SCORING = 0.25, 2.0, 1.0
+TSM_FIELDS = ("source_size", "phantom_samples", "train_limit", "val_limit")  # and all of "tsm..."
+
+
+@dataclass(frozen=True)
+class Specialist:
+    """A trained TSM and how its training went."""
+
+    model: TSM
+    note: dict[str, Any]
+
+    def features(self, datasets: "Mapping[str, Dataset]", recipe: Recipe) -> Features:
+        """Its exemplars, as a recipe's connector takes them."""
+        kind = "cls" if recipe.variant == "cls" else "all"
+        return Features(datasets, partial(self.model.features, kind=kind))
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned VLM and how its tuning went. `exemplar`: features of its TSM, None for vanilla."""
+
+    model: VITask
+    note: dict[str, Any]
+    exemplar: Features | None
+
+
+class Work:
+    """One seed of one suite. Every training advances the suite's progress by its epochs."""
+
+    def __init__(self, context: Context, seed: int) -> None:
+        self.context, self.seed = context, seed
+        self.recipe, self.datasets = context.recipe, context.datasets
+
+    # Models
+
+    def vlm(self) -> VLM:
+        """A VLM as it is, of one's own: tuning changes it in place."""
+        import torch
+
+        dtype = getattr(torch, self.recipe.precision)
+        return VLM.load(self.recipe.vlm, dtype=dtype, device=self.context.device)
+
+    @cached_property
+    def untuned(self) -> VITask:
+        """The VLM as it is, asked the instructions of all datasets."""
+        tasks = {name: Task.of(dataset) for name, dataset in self.everything.items()}
+        return VITask(self.vlm(), vanilla(self.recipe), tasks)
+
+    @property
+    def everything(self) -> "dict[str, Dataset]":
+        """Datasets that are trained on or tested on."""
+        return {**self.datasets, **self.context.evaluated}
+
+    @property
+    def image(self) -> Features:
+        """The frozen VLM's image features."""
+        return self._looked_at[0]
+
+    @property
+    def self_check(self) -> dict[str, int]:
+        """How far shuffled images move the answers, in batch noises, per dataset."""
+        return self._looked_at[1]
+
+    @cached_property
+    def _looked_at(self) -> tuple[Features, dict[str, int]]:
+        """Features, once it is known that the images reach the answers; kept for all seeds."""
+        sizes = {name: len(d.splits["train"]) for name, d in self.everything.items()}
+        key = ("image", self.recipe.vlm, *sizes.items())
+        if key not in self.context.cache:
+            image = Features(self.everything, self.untuned.vlm.image_features)
+            self.context.progress.note("self-check: do the images reach the answers?")
+            ratios = check_image_sensitivity(self.untuned, self.datasets, image)
+            self.context.cache[key] = image, {name: round(r) for name, r in ratios.items()}
+        return self.context.cache[key]
+
+    def specialist(
+        self,
+        recipe: Recipe | None = None,
+        datasets: "Mapping[str, Dataset] | None" = None,
+        *,
+        name: str = "tsm",
+    ) -> Specialist:
+        """A task-specific model of all the suite's datasets, or of others, trained or found."""
+        recipe, datasets = recipe or self.recipe, datasets or self.datasets
+
+        def make() -> tuple[TSM, Any]:
+            return train_tsm(datasets, recipe, self.seed, on_epoch=self._on_epoch(TSM_EPOCH))
+
+        def save(model: TSM, folder: Any) -> None:
+            folder.mkdir()
+            model.save(folder)
+
+        def load(folder: Any) -> TSM:
+            return TSM.load(folder).to(self.context.device)
+
+        fields = {k: v for k, v in asdict(recipe).items() if k in TSM_FIELDS or k.startswith("tsm")}
+        model, note = self._kept(name, fields, datasets, (make, save, load))
+        if note.pop("found"):
+            self.advance(TSM_EPOCH * recipe.tsm_epochs, f"{name}, seed {self.seed}: there already")
+        return Specialist(model, note)
+
+    def tuned(
+        self,
+        recipe: Recipe | None = None,
+        specialist: Specialist | None = None,
+        *,
+        name: str,
+        exemplar: Features | None = None,
+    ) -> Tuned:
+        """The VLM tuned by a recipe, with a TSM if the recipe has exemplars.
+
+        exemplar: features in the place of the TSM's own, which `name` has to say
+        """
+        recipe = recipe or self.recipe
+        if recipe.exemplar:
+            specialist = specialist or self.specialist()
+            exemplar = exemplar or specialist.features(self.everything, recipe)
+        else:
+            specialist = exemplar = None
+        cost = epoch_cost(recipe)
+
+        def make() -> tuple[VITask, Any]:
+            model, log = tune(
+                self.vlm(),
+                self.datasets,
+                recipe,
+                self.seed,
+                image=self.image,
+                tsm=None if specialist is None else specialist.model,
+                exemplar=exemplar,
+                on_epoch=self._on_epoch(cost, name),
+            )
+            return model, asdict(log)
+
+        load = partial(VITask.from_pretrained, device=self.context.device)
+        fields = {k: v for k, v in asdict(recipe).items() if k != "name"} | {"as": name}
+        if specialist is not None:
+            fields |= {"tsm_key": specialist.note["key"]}
+        model, note = self._kept(name, fields, self.datasets, (make, VITask.save_pretrained, load))
+        if note.pop("found"):
+            self.advance(cost * recipe.epochs, f"{name}, seed {self.seed}: there already")
+        return Tuned(model, note, exemplar)
+
+    def _kept(
+        self, name: str, fields: dict[str, Any], datasets: "Mapping[str, Dataset]", how: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """The model of these fields on these data, made now or before."""
+        identity = self.context.identity | {
+            "recipe": fields,
+            "seed": self.seed,
+            "data": {name: _data(dataset) for name, dataset in datasets.items()},
+        }
+        folder = self.context.checkpoints / f"{self.context.prefix}{name}-seed{self.seed}"
+        return kept(folder, content_key(identity), self.context.suite, *how)
+
+    # Predictions for the test parts
+
+    def predict(
+        self,
+        model: VITask,
+        exemplar: Features | None = None,
+        *,
+        image: Features | None = None,
+        write: bool = True,
+    ) -> list[Prediction]:
+        """Constrained scores and generated answers for every test image of every dataset."""
+        done = []
+        for name in self.context.evaluated:
+            features = None if exemplar is None else exemplar(name, "test")
+            tokens = model.tokens((image or self.image)(name, "test"), features)
+            log_p = model.score(name, tokens)
+            written = model.write(name, tokens) if write else None
+            done.append(Prediction(name, "candidates", log_p, written))
+        return done
+
+    def classify(self, tsm: TSM) -> list[Prediction]:
+        """The task-specific model's own answers."""
+        done = []
+        for name, dataset in self.context.evaluated.items():
+            log_p = tsm.log_probabilities(dataset.splits["test"].images, dataset.spec)
+            kind = "labels" if dataset.spec.multi_label else "candidates"
+            done.append(Prediction(name, kind, log_p))
+        return done
+
+    # Progress
+
+    def advance(self, units: float, text: str) -> None:
+        self.context.progress.advance(units, f"{self.context.suite}: {text}")
+
+    def _on_epoch(self, cost: float, name: str = "task-specific model") -> Any:
+        def on_epoch(what: str, epoch: int, epochs: int) -> None:
+            self.advance(cost, f"{name}, seed {self.seed}, epoch {epoch} of {epochs}")
+
+        return on_epoch
+
+
+def _data(dataset: "Dataset") -> list[Any]:
+    parts = [len(dataset.splits[part]) for part in ("train", "val")]
+    return [dataset.source, dataset.size, dataset.md5, *parts, instruction(dataset.spec)]
+
+
+def epoch_cost(recipe: Recipe) -> float:
+    """One epoch of a tuning, in epochs of vanilla tuning."""
+    return VITASK_EPOCH if recipe.exemplar or recipe.crt_weight else 1.0
+
+
+def tuning_units(recipe: Recipe) -> float:
+    return recipe.epochs * epoch_cost(recipe)
+
+
+def specialist_units(recipe: Recipe) -> float:
+    return recipe.tsm_epochs * TSM_EPOCH
