@@ -4,7 +4,7 @@ A model is kept under `checkpoints/` and found again by what made it (recipe, se
 versions), never by its name: two suites that need the same model train it once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,9 @@ from vitask.tsm import TSM, train_tsm
 from vitask.vlm import VLM
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from vitask.data.spec import Dataset
 
 # Costs relative to one epoch of vanilla tuning, measured with the pocket recipe.
@@ -36,11 +39,6 @@ class Specialist:
 
     model: TSM
     note: dict[str, Any]
-
-    def features(self, datasets: "Mapping[str, Dataset]", recipe: Recipe) -> Features:
-        """Its exemplars, as a recipe's connector takes them."""
-        kind = "cls" if recipe.variant == "cls" else "all"
-        return Features(datasets, partial(self.model.features, kind=kind))
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Work:
         sizes = {name: len(d.splits["train"]) for name, d in self.everything.items()}
         key = ("image", self.recipe.vlm, *sizes.items())
         if key not in self.context.cache:
-            image = Features(self.everything, self.untuned.vlm.image_features)
+            image = self.kept(self.untuned.vlm.image_features)
             self.context.progress.note("self-check: do the images reach the answers?")
             ratios = check_image_sensitivity(self.untuned, self.datasets, image)
             self.context.cache[key] = image, {name: round(r) for name, r in ratios.items()}
@@ -142,7 +140,7 @@ class Work:
         recipe = recipe or self.recipe
         if recipe.exemplar:
             specialist = specialist or self.specialist()
-            exemplar = exemplar or specialist.features(self.everything, recipe)
+            exemplar = exemplar or self.exemplar(specialist.model, recipe)
         else:
             specialist = exemplar = None
         cost = epoch_cost(recipe)
@@ -168,6 +166,20 @@ class Work:
         if note.pop("found"):
             self.advance(cost * recipe.epochs, f"{name}, seed {self.seed}: there already")
         return Tuned(model, note, exemplar)
+
+    def exemplar(self, tsm: TSM, recipe: Recipe | None = None) -> Features:
+        """A TSM's features, as a recipe's connector takes them."""
+        kind = "cls" if (recipe or self.recipe).variant == "cls" else "all"
+        return self.kept(partial(tsm.features, kind=kind))
+
+    def kept(self, compute: "Callable[[np.ndarray], Tensor]") -> Features:
+        """Features of all images, in memory or on disk."""
+        return Features(
+            self.everything,
+            compute,
+            memory_mib=self.recipe.feature_memory_mib,
+            folder=self.context.folder,
+        )
 
     def _kept(
         self, name: str, fields: dict[str, Any], datasets: "Mapping[str, Dataset]", how: Any

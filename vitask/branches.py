@@ -9,7 +9,7 @@ itself (`rep`).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -101,17 +101,23 @@ def prompt_embeddings(
     prompts: Sequence[Prompt],
     image_tokens: Float[Tensor, "batch image_tokens hidden"],
     continuations: Sequence[Sequence[int]],
+    *,
+    padding: Literal["left", "right"] = "right",
 ) -> tuple[Float[Tensor, "batch tokens hidden"], list[int]]:
-    """[before | image tokens | after | continuation], padded on the right; and prompt lengths."""
+    """[before | image tokens | after | continuation], padded; and the prompts' lengths."""
     count = image_tokens.shape[1]
     rows = [
         [*p.before, *([0] * count), *p.after, *c]
         for p, c in zip(prompts, continuations, strict=True)
     ]
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=vlm.device)
-    embeddings = vlm.embed(ids)
-    start = torch.tensor([len(p.before) for p in prompts], device=vlm.device)
+    before = [longest - len(row) if padding == "left" else 0 for row in rows]
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    for number, (row, skipped) in enumerate(zip(rows, before, strict=True)):
+        ids[number, skipped : skipped + len(row)] = torch.tensor(row)
+    embeddings = vlm.embed(ids.to(vlm.device))
+    offsets = [skipped + len(p.before) for p, skipped in zip(prompts, before, strict=True)]
+    start = torch.tensor(offsets, device=vlm.device)
     columns = start[:, None] + torch.arange(count, device=vlm.device)  # (batch, image_tokens)
     samples = torch.arange(len(rows), device=vlm.device)[:, None]
     image_tokens = image_tokens.to(vlm.device, embeddings.dtype)

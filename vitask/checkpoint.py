@@ -105,31 +105,60 @@ class VITask:
     # From features
 
     @torch.no_grad()
+    def seen(self, image: Tensor) -> Float[Tensor, "images image_tokens hidden"]:
+        """What `tune` was given for some images -> their image tokens.
+
+        Kept features are these already; where vision was trained, pixel values become them now.
+        """
+        if self.recipe.trained == "adapters":
+            return image
+        return torch.cat([self.vlm.image_tokens(part).cpu() for part in image.split(256)])
+
+    @torch.no_grad()
     def tokens(
         self, image: Float[Tensor, "images image_tokens hidden"], features: Tensor | None
     ) -> Float[Tensor, "images tokens hidden"]:
         """Image features and TSM features (None: no exemplar) -> tokens at the image's place."""
         if features is None:
             return image
+        return image_and_exemplar(image, self.exemplar_tokens(features), self.recipe.variant)
+
+    @torch.no_grad()
+    def exemplar_tokens(self, features: Tensor) -> Float[Tensor, "images exemplar_tokens hidden"]:
+        """TSM features through the connector."""
         if self.connector is None:
             raise ValueError("this model was tuned without exemplar: it has no connector")
         device = self.connector.linear_1.weight.device
-        exemplar = torch.cat(
-            [self.connector(part.to(device)).cpu() for part in features.split(1024)]
-        )
-        return image_and_exemplar(image, exemplar, self.recipe.variant)
+        parts = [self.connector(part.to(device)).cpu() for part in features.split(1024)]
+        return torch.cat(parts)
 
     def score(
         self, dataset: str, tokens: Float[Tensor, "images tokens hidden"]
     ) -> Float[np.ndarray, "images candidates"]:
         """Log-probability of every candidate answer, summed over its response tokens, in nats."""
+        return self._scores(dataset, tokens, None)[0]
+
+    def score_both(
+        self,
+        dataset: str,
+        image: Float[Tensor, "images image_tokens hidden"],
+        features: Tensor,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores without and with exemplar, from one pass wherever both share the image tokens."""
+        if self.recipe.variant == "rep":  # the exemplar stands in the image's place
+            tokens = self.tokens(image, features)
+            return self.score(dataset, image), self.score(dataset, tokens)
+        without, with_exemplar = self._scores(dataset, image, self.exemplar_tokens(features))
+        return without, with_exemplar
+
+    def _scores(self, dataset: str, tokens: Tensor, exemplar: Tensor | None) -> np.ndarray:
         task = self._task(dataset)
-        responses = [self.vlm.response_ids(response(text)) for text in task.candidates.texts]
         return response_log_probabilities(
             self.vlm,
-            self.vlm.prompt(instruction(task.spec)),
+            self.vlm.prompt(instruction(task.spec, self.recipe.instruction)),
             tokens,
-            responses,
+            [self.vlm.response_ids(response(text)) for text in task.candidates.texts],
+            exemplar_tokens=exemplar,
             batch_size=self.recipe.score_batch_size,
         )
 
@@ -139,7 +168,7 @@ class VITask:
         longest = max(len(self.vlm.response_ids(response(t))) for t in task.candidates.texts)
         return generate(
             self.vlm,
-            self.vlm.prompt(instruction(task.spec)),
+            [self.vlm.prompt(instruction(task.spec, self.recipe.instruction))] * len(tokens),
             tokens,
             max_new_tokens=longest,
             batch_size=self.recipe.score_batch_size,
@@ -167,6 +196,10 @@ class VITask:
         self.vlm.processor.save_pretrained(part / "processor")
         if self.connector is not None:
             save_file(self.connector.state_dict(), part / "connector.safetensors")
+        if self.recipe.trained != "adapters":
+            save_file(
+                self.vlm.seeing(self.recipe.trained).state_dict(), part / "vision.safetensors"
+            )
         if self.tsm is not None:
             self.tsm.save(part)
         card = {
@@ -196,6 +229,8 @@ class VITask:
         recipe = Recipe.of_json(card["recipe"])
         vlm = VLM.load(recipe.vlm, dtype=getattr(torch, recipe.precision), device=device)
         vlm.load_adapter(folder / "adapter")
+        if recipe.trained != "adapters":
+            vlm.seeing(recipe.trained).load_state_dict(load_file(folder / "vision.safetensors"))
         tsm = connector = None
         if (folder / "tsm.json").is_file():
             tsm = TSM.load(folder).to(device)

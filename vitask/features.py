@@ -1,29 +1,86 @@
 """Frozen features of every image: computed once, kept, shared by all branches and methods."""
 
-from collections.abc import Callable, Mapping
+import shutil
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import mkdtemp
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vitask.data.spec import Dataset
 
+CHUNK = 1024  # images that are computed at once when their features go to disk
+
 
 class Features:
-    """Features of the parts of some datasets, in memory, on the CPU.
+    """Features of the parts of some datasets, on the CPU.
 
     compute: uint8 images (n, h, w[, 3]) -> (n, ...) of a frozen model, without augmentation
+    memory_mib: what they may take of memory, all together; parts beyond it are kept in files
+        under `folder` (None: the system's place for temporary files) and memory-mapped. The files
+        go when the features do.
     """
 
     def __init__(
-        self, datasets: Mapping[str, Dataset], compute: Callable[[np.ndarray], Tensor]
+        self,
+        datasets: Mapping[str, Dataset],
+        compute: Callable[[np.ndarray], Tensor],
+        *,
+        memory_mib: float = float("inf"),
+        folder: Path | None = None,
     ) -> None:
         self._datasets = datasets
         self._compute = compute
         self._kept: dict[tuple[str, str], Tensor] = {}
+        self._left = memory_mib * 2**20
+        self._place = folder
+        self._files: str | None = None
 
     def __call__(self, dataset: str, part: str) -> Tensor:
         """Features of a part ("train", "val", "test"), in the order of its images."""
         key = (dataset, part)
         if key not in self._kept:
-            self._kept[key] = self._compute(self._datasets[dataset].splits[part].images)
+            images = self._datasets[dataset].splits[part].images
+            one = self._compute(images[:1])
+            size = one.nbytes * len(images)
+            if size <= self._left:
+                self._left -= size
+                self._kept[key] = self._compute(images)
+            else:
+                self._kept[key] = self._on_disk(f"{dataset}-{part}", images, one)
         return self._kept[key]
+
+    def _on_disk(self, name: str, images: np.ndarray, one: Tensor) -> Tensor:
+        """Computed in chunks, straight into a file that is mapped into memory."""
+        if self._files is None:
+            self._files = mkdtemp(prefix=".features-", dir=self._place)
+            weakref.finalize(self, shutil.rmtree, self._files, ignore_errors=True)
+        shape = (len(images), *one.shape[1:])
+        path = str(Path(self._files) / name)
+        mapped = torch.from_file(path, shared=True, size=int(np.prod(shape)), dtype=one.dtype)
+        mapped = mapped.view(shape)
+        for start in range(0, len(images), CHUNK):
+            mapped[start : start + CHUNK] = self._compute(images[start : start + CHUNK])
+        return mapped
+
+
+class Joined:
+    """Several tensors (n, ...) read as one, without copying what is not asked for."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self._parts = list(parts)
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """The rows of these numbers, (len(rows), ...)."""
+        numbers = np.asarray(rows)
+        part = np.searchsorted(self._ends, numbers, side="right")
+        starts = self._ends - [len(p) for p in self._parts]
+        found = [self._parts[p][n - starts[p]] for p, n in zip(part, numbers, strict=True)]
+        return torch.stack(found)

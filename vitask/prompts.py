@@ -4,9 +4,10 @@ One text everywhere: training, scoring and generation build prompts from here, a
 what they built stands in every record.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,46 @@ NO_FINDING = "no finding"  # the multi-label answer when no label is present
 FREQUENT_LABEL_SETS = 64  # multi-label candidates beside the single labels
 
 
-def instruction(spec: "DatasetSpec") -> str:
-    """The instruction of a dataset, with its list of possible diagnoses."""
+def instruction(spec: "DatasetSpec", form: str = "complete") -> str:
+    """The instruction of a dataset, with its list of possible diagnoses, or an incomplete form."""
+    template, names = FORMS[form]
     labels = (*spec.classes, NO_FINDING) if spec.multi_label else spec.classes
-    return INSTRUCTION.format(modality=spec.modality, labels=SEPARATOR.join(labels))
+    return template.format(modality=spec.modality, labels=SEPARATOR.join(names(labels)))
+
+
+Names = tuple[str, ...]
+
+
+def _all(labels: Names) -> Names:
+    return labels
+
+
+def _first(share: float) -> Callable[[Names], Names]:
+    """The list cut off: its first labels, at least one."""
+    return lambda labels: labels[: max(1, math.ceil(share * len(labels)))]
+
+
+def _shuffled(seed: int) -> Callable[[Names], Names]:
+    return lambda labels: tuple(np.random.default_rng(seed).permutation(labels).tolist())
+
+
+# Ways to ask: what a form leaves out or changes stands in its name. Template, and what becomes of
+# the list of labels.
+FORMS: dict[str, tuple[str, Callable[[Names], Names]]] = {
+    "complete": (INSTRUCTION, _all),
+    "no_list": ("Analyze the given {modality} image.", _all),
+    "list_75": (INSTRUCTION, _first(0.75)),
+    "list_50": (INSTRUCTION, _first(0.50)),
+    "list_25": (INSTRUCTION, _first(0.25)),
+    "shuffled_1": (INSTRUCTION, _shuffled(1)),
+    "shuffled_2": (INSTRUCTION, _shuffled(2)),
+    "shuffled_3": (INSTRUCTION, _shuffled(3)),
+    "no_modality": ("Analyze the given image. The possible diagnoses are: {labels}.", _all),
+    "paraphrase_1": ("Look at this {modality} image. Choose its diagnosis from: {labels}.", _all),
+    "paraphrase_2": ("This is a {modality} image. It shows one of these: {labels}. Which?", _all),
+    "paraphrase_3": ("Which of the following does the {modality} image show: {labels}?", _all),
+    "empty": ("", _all),
+}
 
 
 def answer(spec: "DatasetSpec", label: "int | np.integer | np.ndarray") -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+from vitask.prompts import FORMS
+
 MEDMNIST_2D = (
     "pathmnist",
     "chestmnist",
@@ -62,7 +64,7 @@ class Recipe:
     precision: str = "float32"  # float32 | bfloat16
     lora_rank: int = 16
     lora_alpha: int = 32
-    lora_dropout: float = 0.0  # above 0 the branches of one sample no longer share a model
+    lora_dropout: float = 0.0  # above 0 only with step="three"
 
     # Task-specific model: any timm name.
     tsm: str = "resnet18"
@@ -74,6 +76,8 @@ class Recipe:
     tsm_weight_decay: float = 0.05
 
     # Method.
+    instruction: str = "complete"  # how it is asked, in training and in scoring: prompts.FORMS
+    trained: str = "adapters"  # beside the adapters: connector (the VLM's own) | vision (and both)
     variant: str = "cls"  # exemplar tokens: cls | all | rep
     exemplar: bool = True  # False: the loss EP and the connector are left out
     rda_weight: float = 1.0  # alpha
@@ -81,10 +85,12 @@ class Recipe:
     detach_exemplar: bool = True  # False: the paper's RDA*
     stage1_epochs: int = 1
     stage2_epochs: int = 1
-    step: str = "three"  # three: plain forwards of vitask/branches.py
+    step: str = "shared"  # shared: one forward for all branches | three: one for each
+    feature_memory_mib: int = 4096  # kept features above it lie on disk, memory-mapped
 
     # Optimisation of the VLM.
     learning_rate: float = 4e-5
+    vision_learning_rate: float = 1e-4  # of what is trained whole, without adapters
     batch_size: int = 16
     weight_decay: float = 0.01
     warmup: float = 0.03  # share of all steps
@@ -96,12 +102,25 @@ class Recipe:
     def __post_init__(self) -> None:
         _one_of("variant", self.variant, ("cls", "all", "rep"))
         _one_of("precision", self.precision, ("float32", "bfloat16"))
-        _one_of("step", self.step, ("three",))
+        _one_of("instruction", self.instruction, tuple(FORMS))
+        _one_of("trained", self.trained, ("adapters", "connector", "vision"))
+        _one_of("step", self.step, ("shared", "three"))
         _one_of("source_size", self.source_size, (28, 64, 128, 224))
         if self.rda_weight and not self.exemplar:
             raise ValueError(
                 f"recipe {self.name!r} has rda_weight {self.rda_weight} without exemplar; "
                 "RDA aligns with the exemplar branch: set exemplar=True or rda_weight=0"
+            )
+        if self.lora_dropout and self.step == "shared":
+            raise ValueError(
+                f"recipe {self.name!r} has lora_dropout {self.lora_dropout} with step 'shared'; "
+                "the branches share one forward, so they would share what is dropped and no "
+                "longer be what three forwards compute: set lora_dropout=0 or step='three'"
+            )
+        if self.trained != "adapters" and self.step == "shared":
+            raise ValueError(
+                f"recipe {self.name!r} trains {self.trained!r} with step 'shared'; what changes "
+                "the image tokens themselves goes through the plain forwards: set step='three'"
             )
         if self.batch_size % 4:
             raise ValueError(

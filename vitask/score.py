@@ -1,12 +1,15 @@
 """Images -> log-probability of every class's response, and generated text.
 
-Primary: constrained scoring. All candidates stand behind one prompt in a single row,
+Primary: constrained scoring. One forward scores every candidate of a batch of images, without and
+with exemplar: the prompt stands once, the candidates behind it as a trie, each distinct beginning
+once (`vitask/tree.py`):
 
-    [prompt | candidate 1 | candidate 2 | ...]
+    before  image ─┬─ after ── c ─┬─ a ── t ...
+                   │              └─ o ── w ...
+                   └─ exemplar  after ── c ─┬─ a ...
 
-each seeing the prompt and itself only, with positions restarted at the prompt's end: exact, and
-the prompt is computed once. Class score = unnormalised sum of the log-probabilities of all
-response tokens, the end-of-turn token included.
+Class score = unnormalised sum of the log-probabilities of all response tokens, the end-of-turn
+token included.
 """
 
 from collections.abc import Sequence
@@ -14,11 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from vitask.branches import prompt_embeddings
+from vitask.tree import ROOT, Layout, Segment
 from vitask.vlm import VLM, Prompt
+
+LOGIT_BYTES = 64 * 2**20  # of a piece of logits: they are reduced before the next one is made
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,34 @@ class Prediction:
     generated: list[str] | None = None
 
 
+class Trie:
+    """Responses as a tree of tokens: every distinct beginning is one node.
+
+    parent: of each node, the node before it; 0 is the prompt's end, the root
+    token:  of each node, the token that it holds (the root has none)
+    way:    of each response, the nodes that predict its tokens, the root first
+    """
+
+    def __init__(self, responses: Sequence[tuple[int, ...]]) -> None:
+        self.parent, self.token = [0], [-1]
+        self.way: list[list[int]] = []
+        known: dict[tuple[int, ...], int] = {(): 0}
+        for response in responses:
+            for end in range(1, len(response)):  # the last token is predicted, never read
+                if response[:end] not in known:
+                    known[response[:end]] = len(self.parent)
+                    self.parent.append(known[response[: end - 1]])
+                    self.token.append(response[end - 1])
+            self.way.append([known[response[:end]] for end in range(len(response))])
+
+    def segments(self, at: int, root: int) -> list[Segment]:
+        """The nodes but the root, from place `at` of a row on, behind the segment `root`."""
+        return [
+            Segment(root if parent == 0 else at + parent - 1, (token,))
+            for parent, token in zip(self.parent[1:], self.token[1:], strict=True)
+        ]
+
+
 @torch.inference_mode()
 def response_log_probabilities(
     vlm: VLM,
@@ -44,75 +78,116 @@ def response_log_probabilities(
     image_tokens: Float[Tensor, "images image_tokens hidden"],
     responses: Sequence[tuple[int, ...]],
     *,
+    exemplar_tokens: Float[Tensor, "images exemplar_tokens hidden"] | None = None,
     batch_size: int = 64,
-) -> np.ndarray:
-    """log p(response | prompt, image) of every response, float64 (images, responses), in nats."""
-    inputs = [list(response[:-1]) for response in responses]
-    length = len(prompt.before) + image_tokens.shape[1] + len(prompt.after)
-    mask, positions = candidate_mask(length, [len(i) for i in inputs])
-    mask, positions = mask.to(vlm.device), positions.to(vlm.device)
-    row, token, owner = _scored(responses)
+) -> Float[np.ndarray, "branches images responses"]:
+    """log p(response | prompt, image) in nats, float64; with exemplar tokens a second branch.
+
+    Branch 0 is without, branch 1 with exemplar, both from the same forward.
+    """
+    trie = Trie(responses)
+    row, ends = _row(prompt, image_tokens.shape[1], trie, exemplar_tokens)
+    layout = Layout.of([row], vlm.device)
+    nodes = torch.tensor(
+        [
+            [layout.last(0, root), *(layout.starts[0][at] + i for i in range(len(trie.token) - 1))]
+            for root, at in ends
+        ],
+        device=vlm.device,
+    )  # fmt: skip  (branches, nodes): their columns
     scores = []
-    for chunk in image_tokens.split(batch_size):
-        flat = [t for i in inputs for t in i]
-        embeddings, _ = prompt_embeddings(vlm, [prompt] * len(chunk), chunk, [flat] * len(chunk))
+    for start in range(0, len(image_tokens), batch_size):
+        part = slice(start, start + batch_size)
+        features = {"image": image_tokens[part]}
+        if exemplar_tokens is not None:
+            features["exemplar"] = exemplar_tokens[part]
+        embeddings = _embeddings(vlm, layout, features)
         hidden = vlm.hidden(
-            embeddings, mask=mask[None, None], positions=positions.expand(len(chunk), -1)
+            embeddings, mask=layout.mask, positions=layout.positions.expand(len(embeddings), -1)
         )
-        used = hidden[:, length - 1 :]  # the prompt's last position, then the candidates' tokens
-        # log-sum-exp once per position; a candidate's first token reads the shared position
-        logits = vlm.logits(used.flatten(0, 1)).unflatten(0, used.shape[:2])
-        log_p = logits[:, row, token].double() - logits.logsumexp(-1).double()[:, row]
-        score = torch.zeros(len(chunk), len(responses), dtype=torch.float64, device=vlm.device)
-        scores.append(score.index_add_(1, owner.to(vlm.device), log_p).cpu())
-    return torch.cat(scores).numpy()
+        scores.append(_scores(vlm, hidden[:, nodes], trie, responses).cpu())
+    return torch.cat(scores, dim=1).numpy()
 
 
-def candidate_mask(
-    prompt: int, candidates: Sequence[int]
-) -> tuple[Bool[Tensor, "tokens tokens"], Int[Tensor, "1 tokens"]]:
-    """Mask (True: may look) and positions of [prompt | candidate 1 | ...] with these lengths."""
-    segment = torch.cat(
-        [torch.zeros(prompt, dtype=torch.long)]
-        + [torch.full((n,), i) for i, n in enumerate(candidates, start=1)]
-    )
-    causal = torch.ones(len(segment), len(segment), dtype=torch.bool).tril()
-    visible = (segment[None] == 0) | (segment[None] == segment[:, None])
-    restarted = [torch.arange(prompt)] + [torch.arange(prompt, prompt + n) for n in candidates]
-    return causal & visible, torch.cat(restarted)[None]
+def _row(
+    prompt: Prompt, image_tokens: int, trie: Trie, exemplar_tokens: Tensor | None
+) -> tuple[list[Segment], list[tuple[int, int]]]:
+    """The row, and of each branch the segment that is the trie's root and its first node."""
+    row = [
+        Segment(ROOT, prompt.before),
+        Segment(0, (0,) * image_tokens, "image"),
+        Segment(1, prompt.after),
+    ]
+    row += trie.segments(3, 2)
+    ends = [(2, 3)]
+    if exemplar_tokens is not None:
+        at = len(row)
+        row += [
+            Segment(1, (0,) * exemplar_tokens.shape[1], "exemplar"),
+            Segment(at, prompt.after),
+        ]
+        row += trie.segments(at + 2, at + 1)
+        ends.append((at + 1, at + 2))
+    return row, ends
 
 
-def _scored(responses: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor, Tensor]:
-    """For every response token: the position that predicts it (0 is the prompt's last), the
-    token, and its response."""
-    row: list[int] = []
-    token: list[int] = []
-    owner: list[int] = []
-    start = 1
-    for number, response in enumerate(responses):
-        row += [0, *range(start, start + len(response) - 1)]
-        token += response
-        owner += [number] * len(response)
-        start += len(response) - 1
-    return torch.tensor(row), torch.tensor(token), torch.tensor(owner)
+def _embeddings(vlm: VLM, layout: Layout, features: dict[str, Tensor]) -> Tensor:
+    """The same row for every image of a batch, (images, tokens, hidden)."""
+    images = len(features["image"])
+    embeddings = vlm.embed(layout.ids).repeat(images, 1, 1)
+    for name, (_, column) in layout.slots.items():
+        embeddings[:, column] = features[name].to(embeddings.device, embeddings.dtype)
+    return embeddings
+
+
+def _scores(
+    vlm: VLM,
+    hidden: Float[Tensor, "images branches nodes hidden"],
+    trie: Trie,
+    responses: Sequence[tuple[int, ...]],
+) -> Float[Tensor, "branches images responses"]:
+    """Sums of log-probabilities along the ways; float64. Logits are made piece by piece."""
+    images, branches, nodes, width = hidden.shape
+    rows = hidden.reshape(-1, width)
+    # what is asked of each node: (node, token) pairs of all responses
+    node = torch.tensor([n for way in trie.way for n in way], device=rows.device)
+    token = torch.tensor([t for response in responses for t in response], device=rows.device)
+    owner = torch.tensor([r for r, way in enumerate(trie.way) for _ in way], device=rows.device)
+    tokens, place = token.unique(return_inverse=True)
+    size = max(1, LOGIT_BYTES // (4 * len(vlm.head)))
+    pieces = []
+    for part in rows.split(size):
+        logits = vlm.logits(part)
+        log_z = logits.logsumexp(-1, keepdim=True).double()
+        pieces.append(logits[:, tokens].double() - log_z)
+    log_p = torch.cat(pieces).view(images, branches, nodes, len(tokens))
+    along = log_p[:, :, node, place]  # (images, branches, response tokens)
+    scores = along.new_zeros(images, branches, len(responses)).index_add_(2, owner, along)
+    return scores.transpose(0, 1)
 
 
 @torch.inference_mode()
 def generate(
     vlm: VLM,
-    prompt: Prompt,
+    prompts: Sequence[Prompt],
     image_tokens: Float[Tensor, "images image_tokens hidden"],
     *,
     max_new_tokens: int,
     batch_size: int = 64,
 ) -> list[str]:
-    """Greedy answers. The rows of a batch share the prompt's length, so none is padded."""
+    """Greedy answers, one prompt an image; shorter prompts of a batch are padded on the left."""
     answers = []
-    for chunk in image_tokens.split(batch_size):
-        embeddings, _ = prompt_embeddings(vlm, [prompt] * len(chunk), chunk, [[]] * len(chunk))
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        chunk = prompts[part]
+        embeddings, lengths = prompt_embeddings(
+            vlm, chunk, image_tokens[part], [()] * len(chunk), padding="left"
+        )
+        columns = torch.arange(embeddings.shape[1], device=vlm.device)
+        padding = embeddings.shape[1] - torch.tensor(lengths, device=vlm.device)
         ids = vlm.model.generate(
             inputs_embeds=embeddings,
-            attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long, device=vlm.device),
+            attention_mask=(columns >= padding[:, None]).long(),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=vlm.end_of_turn_id,

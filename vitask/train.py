@@ -6,6 +6,7 @@ Vanilla tuning is the same run of the same samples in the same order with the lo
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import accelerate
 import numpy as np
@@ -19,13 +20,16 @@ from vitask.branches import Samples, three_forwards
 from vitask.checkpoint import Task, VITask
 from vitask.data.spec import Dataset
 from vitask.exemplar import ExemplarConnector
-from vitask.features import Features
+from vitask.features import Features, Joined
 from vitask.objective import Weights, joint_loss, stage_weights
 from vitask.prompts import answer, instruction, response
 from vitask.recipes import Recipe
+from vitask.shared import shared_forward
 from vitask.tsm import TSM
 from vitask.validation import OnEpoch, decide, ignore, macro_f1
 from vitask.vlm import VLM, Prompt
+
+FORWARDS = {"shared": shared_forward, "three": three_forwards}  # recipe.step
 
 
 @dataclass
@@ -33,15 +37,16 @@ class TrainingSet:
     """All samples of all datasets, numbered through.
 
     instruction, response: int (samples,), indices into `prompts` and `responses`
-    image, exemplar:       features (samples, ...); exemplar None for vanilla tuning
+    image, exemplar:       features (samples, ...); exemplar None for vanilla tuning. Where the
+                           vision tower or the VLM's connector is trained, `image` is pixel values
     """
 
     prompts: list[Prompt]
     responses: list[tuple[int, ...]]
     instruction: np.ndarray
     response: np.ndarray
-    image: Tensor
-    exemplar: Tensor | None
+    image: Joined
+    exemplar: Joined | None
 
     @classmethod
     def of(
@@ -50,6 +55,8 @@ class TrainingSet:
         datasets: Mapping[str, Dataset],
         image: Features,
         exemplar: Features | None,
+        *,
+        form: str = "complete",
     ) -> "TrainingSet":
         texts: dict[str, int] = {}
         instructions, responses = [], []
@@ -59,24 +66,23 @@ class TrainingSet:
                 responses.append(texts.setdefault(text, len(texts)))
                 instructions.append(number)
         return cls(
-            prompts=[vlm.prompt(instruction(d.spec)) for d in datasets.values()],
+            prompts=[vlm.prompt(instruction(d.spec, form)) for d in datasets.values()],
             responses=[vlm.response_ids(text) for text in texts],
             instruction=np.array(instructions),
             response=np.array(responses),
-            image=torch.cat([image(name, "train") for name in datasets]),
+            image=Joined([image(name, "train") for name in datasets]),
             exemplar=None
             if exemplar is None
-            else torch.cat([exemplar(name, "train") for name in datasets]),
+            else Joined([exemplar(name, "train") for name in datasets]),
         )
 
     def rows(self, batch: Batch, device: torch.device, *, contrastive: bool) -> Samples:
         """The samples of a batch, on the device."""
-        at = torch.from_numpy(batch.samples)
         return Samples(
             prompts=[self.prompts[self.instruction[i]] for i in batch.samples],
             responses=[self.responses[self.response[i]] for i in batch.samples],
-            image=self.image[at].to(device),
-            exemplar=None if self.exemplar is None else self.exemplar[at].to(device),
+            image=self.image[batch.samples].to(device),
+            exemplar=None if self.exemplar is None else self.exemplar[batch.samples].to(device),
             negative=torch.from_numpy(batch.negative).to(device) if contrastive else None,
         )
 
@@ -107,7 +113,9 @@ class TuningStep(nn.Module):
         self._vlm, self._recipe = vlm, recipe
 
     def forward(self, samples: Samples, weights: Weights) -> VITaskLosses:
-        rows = three_forwards(self._vlm, self.connector, samples, self._recipe.variant)
+        if self._recipe.trained != "adapters":
+            samples = samples._replace(image=self._vlm.image_tokens(samples.image))
+        rows = FORWARDS[self._recipe.step](self._vlm, self.connector, samples, self._recipe.variant)
         return joint_loss(self._vlm, rows, weights, detach_exemplar=self._recipe.detach_exemplar)
 
 
@@ -124,7 +132,8 @@ def tune(
 ) -> tuple[VITask, Log]:
     """Tune `vlm` in place on the train parts; keep the epoch that is best on the val parts.
 
-    image, exemplar: kept features of the frozen VLM and of the TSM (with `recipe.exemplar`).
+    image, exemplar: kept features of the frozen VLM and of the TSM (with `recipe.exemplar`);
+    where `recipe.trained` is more than the adapters, `image` is `vlm.pixel_values` kept.
     Raises FloatingPointError as soon as a loss is not a finite number.
     """
     if recipe.exemplar and (tsm is None or exemplar is None):
@@ -135,11 +144,14 @@ def tune(
     kwargs = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = accelerate.Accelerator(kwargs_handlers=[kwargs])
     vlm.add_lora(rank=recipe.lora_rank, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout)
+    seeing = vlm.seeing(recipe.trained).requires_grad_(True)
     connector = None
     if recipe.exemplar and tsm is not None:
         kind = "cls" if recipe.variant == "cls" else "all"
         connector = ExemplarConnector(tsm.feature_size(kind), vlm.hidden_size).to(vlm.device)
-    data = TrainingSet.of(vlm, datasets, image, exemplar if recipe.exemplar else None)
+    data = TrainingSet.of(
+        vlm, datasets, image, exemplar if recipe.exemplar else None, form=recipe.instruction
+    )
     tasks = {name: Task.of(dataset) for name, dataset in datasets.items()}
     model = VITask(vlm, recipe, tasks, tsm=tsm if recipe.exemplar else None, connector=connector)
 
@@ -156,16 +168,19 @@ def tune(
     ]
     steps = sum(map(len, epochs))
     step = TuningStep(vlm, connector, recipe)
+    whole = list(seeing.parameters())
     trained = [p for p in step.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
+    ours = {id(p) for p in whole}
+    groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in ours]}]
+    if whole:
+        groups.append({"params": whole, "lr": recipe.vision_learning_rate})
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * steps), steps)
     # The engine steps the schedule once per process otherwise; `steps` are this process's own.
     accelerator.step_scheduler_with_optimizer = False
     wrapped, optimizer, schedule = accelerator.prepare(step, optimizer, schedule)
 
-    log, best = Log(), _Best()
+    log, best = Log(), _Best(step)
     for epoch, batches in enumerate(epochs):
         stage = 1 if epoch < recipe.stage1_epochs else 2
         weights = stage_weights(recipe, stage)
@@ -203,7 +218,8 @@ def tune(
 class _Best:
     """Keeps the trained parameters of the epoch that validated best (the first of equals)."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: TuningStep) -> None:
+        self._names = {n for n, p in step.named_parameters() if p.requires_grad}
         self._score = -1.0
         self._state: dict[str, Tensor] = {}
 
@@ -211,7 +227,9 @@ class _Best:
         if score <= self._score:
             return False
         self._score = score
-        self._state = {n: p.detach().clone() for n, p in step.named_parameters() if _tuned(n)}
+        self._state = {
+            n: p.detach().clone() for n, p in step.named_parameters() if n in self._names
+        }
         return True
 
     def restore(self, step: TuningStep) -> None:
@@ -221,10 +239,6 @@ class _Best:
                     parameter.copy_(self._state[name])
 
 
-def _tuned(name: str) -> bool:
-    return "lora_" in name or name.startswith("connector.")
-
-
 def validate(
     model: VITask,
     datasets: Mapping[str, Dataset],
@@ -232,17 +246,19 @@ def validate(
     exemplar: Features | None,
 ) -> dict[str, dict[str, float]]:
     """Macro-F1 by constrained scoring on the val parts, "without" and "with" exemplar."""
-    modes: dict[str, Features | None] = {"without": None}
+    curves: dict[str, dict[str, float]] = {"without": {}}
     if model.connector is not None:
-        modes["with"] = exemplar
-    curves = {}
-    for mode, features in modes.items():
-        scores = {}
-        for name, dataset in datasets.items():
-            kept = None if features is None else features(name, "val")
-            tokens = model.tokens(image(name, "val"), kept)
-            task = model.tasks[name]
-            predicted = decide(task.spec, model.score(name, tokens), task.candidates)
-            scores[name] = macro_f1(task.spec, dataset.splits["val"].labels, predicted)
-        curves[mode] = scores | {"mean": float(np.mean(list(scores.values())))}
-    return curves
+        curves["with"] = {}
+    for name, dataset in datasets.items():
+        tokens, task = model.seen(image(name, "val")), model.tasks[name]
+        if model.connector is None or exemplar is None:
+            scores = [model.score(name, tokens)]
+        else:
+            scores = [*model.score_both(name, tokens, exemplar(name, "val"))]
+        for mode, log_p in zip(curves, scores, strict=True):
+            predicted = decide(task.spec, log_p, task.candidates)
+            curves[mode][name] = macro_f1(task.spec, dataset.splits["val"].labels, predicted)
+    return {
+        mode: values | {"mean": float(np.mean(list(values.values())))}
+        for mode, values in curves.items()
+    }

@@ -13,7 +13,7 @@ import numpy as np
 import peft
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoProcessor, InternVLForConditionalGeneration, InternVLProcessor
 
 from vitask.pocket import POCKET
@@ -94,11 +94,16 @@ class VLM:
 
         One tile an image. Returned on the CPU, in the model's dtype.
         """
-        features = [
-            self.model.model.get_image_features(pixel_values=pixels).pooler_output.cpu()
-            for pixels in self._batches(images, batch_size)
-        ]
-        return torch.cat(features)
+        return torch.cat(
+            [self.image_tokens(part).cpu() for part in self._batches(images, batch_size)]
+        )
+
+    def image_tokens(
+        self, pixel_values: Float[Tensor, "images 3 height width"]
+    ) -> Float[Tensor, "images image_tokens hidden"]:
+        """Vision tower and the VLM's own connector, with gradients where they are trained."""
+        pixels = pixel_values.to(self.device, self.dtype)
+        return self.model.model.get_image_features(pixel_values=pixels).pooler_output
 
     @torch.no_grad()
     def vision_features(
@@ -223,6 +228,14 @@ class VLM:
             self.adapter = peft.get_peft_model(self.model, config)
         # A name, not the path that it was found at: what peft saves is read on other machines.
         self.adapter.peft_config["default"].base_model_name_or_path = self.name
+
+    def seeing(self, trained: str) -> nn.ModuleDict:
+        """What makes image tokens and is trained whole: nothing for "adapters", the VLM's own
+        connector for "connector", the vision tower too for "vision"."""
+        inner = self.model.model
+        parts = {"connector": inner.multi_modal_projector, "vision": inner.vision_tower}
+        wanted = {"adapters": (), "connector": ("connector",), "vision": tuple(parts)}[trained]
+        return nn.ModuleDict({name: parts[name] for name in wanted})
 
     def load_adapter(self, folder: Path) -> None:
         """Put saved LoRA adapters in place."""

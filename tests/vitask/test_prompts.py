@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vitask.data import medmnist
 from vitask.data.spec import DatasetSpec
-from vitask.prompts import Candidates, answer, candidates, instruction, response
+from vitask.prompts import FORMS, Candidates, answer, candidates, instruction, response
 
 
 def spec(classes, task="multi-class"):
@@ -96,3 +97,19 @@ def test_generated_label_sets_are_parsed_in_any_order():
     assert found.parse_labels("Edema; atelectasis.", MULTI.classes).tolist() == [True, False, True]
     assert found.parse_labels("no finding.", MULTI.classes).tolist() == [False] * 3
     assert found.parse_labels("edema; cough.", MULTI.classes) is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_leave_out_what_their_names_say(form):
+    spec = medmnist.spec("dermamnist")
+    text = instruction(spec, form)
+    named = [text.find(label) for label in spec.classes]
+    there = sum(place >= 0 for place in named)
+    share = {"no_list": 0, "empty": 0, "list_75": 6, "list_50": 4, "list_25": 2}
+    assert there == share.get(form, 7)
+    assert (spec.modality in text) == (form not in ("no_modality", "empty"))
+    if form.startswith("shuffled"):
+        assert named != sorted(named)
+    elif there:
+        assert [n for n in named if n >= 0] == sorted(n for n in named if n >= 0)
+    assert (text == instruction(spec)) == (form == "complete")

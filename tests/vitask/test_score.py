@@ -11,7 +11,7 @@ from vitask.checkpoint import Task, VITask
 from vitask.exemplar import ExemplarConnector
 from vitask.prompts import instruction, response
 from vitask.recipes import POCKET
-from vitask.score import candidate_mask, generate
+from vitask.score import Trie, generate
 from vitask.tsm import TSM, heads
 from vitask.vlm import VLM
 
@@ -89,17 +89,30 @@ def test_the_image_and_the_exemplar_change_the_scores(model, tiny_datasets):
     assert np.abs(without - with_ep).max() > 1e-3
 
 
-def test_candidates_see_the_prompt_and_themselves_only():
-    mask, positions = candidate_mask(3, [2, 1])
-    assert positions.tolist() == [[0, 1, 2, 3, 4, 3]]
-    assert mask.int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 1, 0],
-        [1, 1, 1, 0, 0, 1],
-    ]
+@pytest.mark.parametrize("dataset", ["two", "five", "many"])
+def test_both_branches_of_one_pass_equal_two_passes(model, tiny_datasets, dataset):
+    images = images_of(tiny_datasets, dataset)
+    without, with_exemplar = model.score_both(
+        dataset, model.vlm.image_features(images), model.tsm.features(images)
+    )
+    for scores, exemplar in ((without, False), (with_exemplar, True)):
+        alone = model.score(dataset, model.image_tokens(images, exemplar=exemplar))
+        np.testing.assert_allclose(scores, alone, atol=1e-4)
+        assert (scores.argmax(-1) == alone.argmax(-1)).all()
+
+
+def test_logits_made_piece_by_piece_give_the_same_scores(model, tiny_datasets, monkeypatch):
+    tokens = model.image_tokens(images_of(tiny_datasets, "many"))
+    whole = model.score("many", tokens)
+    monkeypatch.setattr("vitask.score.LOGIT_BYTES", 5 * 4 * len(model.vlm.head))
+    np.testing.assert_allclose(model.score("many", tokens), whole, atol=1e-5)
+
+
+def test_trie_holds_every_beginning_once():
+    trie = Trie([(7, 8, 9), (7, 8, 5, 9), (6, 9), (9,)])
+    assert trie.token == [-1, 7, 8, 5, 6]
+    assert trie.parent == [0, 0, 1, 2, 0]
+    assert trie.way == [[0, 1, 2], [0, 1, 2, 3], [0, 4], [0]]
 
 
 def test_generation_is_the_arg_max_token_by_token(model, tiny_datasets):
@@ -111,7 +124,20 @@ def test_generation_is_the_arg_max_token_by_token(model, tiny_datasets):
         with torch.no_grad():
             embeddings, _ = prompt_embeddings(vlm, [prompt], tokens, [ids])
             ids.append(int(vlm.logits(vlm.hidden(embeddings)[0, -1:]).argmax()))
-    assert generate(vlm, prompt, tokens, max_new_tokens=5) == [vlm.decode(ids)]
+    assert generate(vlm, [prompt], tokens, max_new_tokens=5) == [vlm.decode(ids)]
+
+
+def test_prompts_of_different_lengths_write_together_as_alone(model, tiny_datasets):
+    tokens = model.image_tokens(images_of(tiny_datasets, "two")[:4], exemplar=True)
+    vlm, asked = model.vlm, ["Name it.", "What, in so many words, is to be seen here?", "?", "Say."]
+    prompts = [vlm.prompt(text) for text in asked]
+    together = generate(vlm, prompts, tokens, max_new_tokens=8)
+    alone = [
+        generate(vlm, [prompt], tokens[i : i + 1], max_new_tokens=8)[0]
+        for i, prompt in enumerate(prompts)
+    ]
+    assert together == alone
+    assert len(set(together)) > 1
 
 
 def test_an_unknown_dataset_is_named(model, tiny_datasets):

@@ -153,6 +153,36 @@ def test_every_variant_tunes_and_scores(recipe, tiny_datasets, tsm, change):
     assert all(np.isfinite(value).all() for value in scores(model, tiny_datasets).values())
 
 
+@pytest.mark.parametrize(
+    ("trained", "moves"),
+    [
+        ("connector", {"multi_modal_projector"}),
+        ("vision", {"multi_modal_projector", "vision_tower"}),
+    ],
+)
+def test_seeing_parts_train_are_saved_and_loaded(
+    recipe, tiny_datasets, tsm, tmp_path, trained, moves
+):
+    changed = replace(vanilla(recipe), trained=trained, step="three", vision_learning_rate=1e-2)
+    vlm = VLM.load(recipe.vlm)
+    before = {n: p.clone() for n, p in vlm.model.named_parameters()}
+    pixels = Features(tiny_datasets, vlm.pixel_values)
+    model, _ = tune(vlm, tiny_datasets, changed, 0, image=pixels)
+    moved = {n for n, p in vlm.model.named_parameters() if n in before and (p != before[n]).any()}
+    assert {n.split(".")[1] for n in moved} == moves
+    model.save_pretrained(tmp_path / "seeing")
+    loaded = VITask.from_pretrained(tmp_path / "seeing")
+    images = tiny_datasets["two"].splits["test"].images
+    assert (loaded.predict("two", images) == model.predict("two", images)).all()
+    kept = model.seen(pixels("two", "test"))
+    torch.testing.assert_close(kept, model.vlm.image_features(images))
+
+
+def test_what_trains_the_image_tokens_needs_the_plain_forwards(recipe):
+    with pytest.raises(ValueError, match=r"trains 'vision' with step 'shared'.*step='three'"):
+        replace(recipe, trained="vision")
+
+
 def test_vanilla_sees_the_same_batches_and_has_no_exemplar(recipe, tiny_datasets, tsm, tuned):
     model, log = run(vanilla(recipe), tiny_datasets, tsm)
     assert model.connector is None

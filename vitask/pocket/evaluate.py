@@ -20,9 +20,8 @@ def accuracy(vlm: VLM, count: int, seed: int, *, shuffled: bool = False) -> dict
         asked = np.flatnonzero(facts[kind] >= 0)
         seen = np.random.default_rng(seed).permutation(asked) if shuffled else asked
         longest = max(len(vlm.response_ids(f"{answer}.")) for answer in answers)
-        written = generate(
-            vlm, vlm.prompt(canonical(kind)), tokens[seen], max_new_tokens=longest, batch_size=256
-        )
+        prompts = [vlm.prompt(canonical(kind))] * len(seen)
+        written = generate(vlm, prompts, tokens[seen], max_new_tokens=longest, batch_size=256)
         right = [f"{answers[f]}." for f in facts[kind][asked]]
         found[kind] = float(np.mean([w == r for w, r in zip(written, right, strict=True)]))
     return found
