@@ -84,8 +84,11 @@ def run(
     ] = False,
     allow_unverified: Unverified = "",
 ) -> None:
-    """Run suites. A run that was interrupted continues; its results are on disk as they come."""
-    from bench.suites import SUITES
+    """Run suites. A run that was interrupted continues; its results are on disk as they come.
+
+    `--all` runs what scores models; `kernels` and `step` measure this machine and are run by name.
+    """
+    from bench.suites import MACHINE_SUITES, SUITES
     from vitask.data import SOURCES, spec
     from vitask.guard import refuse_hub_kernels
     from vitask.recipes import RECIPES
@@ -96,7 +99,12 @@ def run(
         raise UnknownName("--resume keeps and --fresh throws away: give one of them")
     wanted = list(SUITES) if all_suites else list(dict.fromkeys(suites or []))
     for name in wanted:
-        _known("suite", name, SUITES)
+        _known("suite", name, (*SUITES, *MACHINE_SUITES))
+    for name in [name for name in wanted if name in MACHINE_SUITES]:
+        _measure(name, out)
+        wanted.remove(name)
+    if not wanted:
+        return
     _known("recipe", recipe, RECIPES)
     _known("data source", data, SOURCES)
     roots, chosen = tuple(data_root or ()), RECIPES[recipe]
@@ -122,6 +130,18 @@ def run(
         typer.echo(f"failed: {name}: {error}", err=True)
     if failed:
         raise typer.Exit(FAILED)
+
+
+def _measure(name: str, out: Path) -> None:
+    """A suite that measures this machine; it needs no data, recipe or seed."""
+    from bench.machine import run_machine_suite
+    from bench.record import command_line
+
+    def note(text: str) -> None:
+        typer.echo(text, err=True)
+
+    written = run_machine_suite(name, out, command=command_line((), out), note=note)
+    note(f"{name}: wrote {', '.join(map(str, written))}")
 
 
 def _run(wanted: Sequence[str], plan: "Plan", *, resume: bool, fresh: bool) -> dict[str, str]:
@@ -182,7 +202,7 @@ def _described(error: Exception) -> str:
 @clean
 def show(data_root: Roots = None) -> None:
     """Suites with their methods, recipes and datasets."""
-    from bench.suites import SUITES, suite
+    from bench.suites import MACHINE_SUITES, SUITES, suite
     from vitask.data import specs
     from vitask.recipes import RECIPES
 
@@ -193,6 +213,9 @@ def show(data_root: Roots = None) -> None:
         typer.echo(f"  {name}: {about[0] if about else ''}")
         for method, what in module.METHODS.items():
             typer.echo(f"    {method:20} {what}")
+    typer.echo("suites that measure this machine (by name, not in --all)")
+    for name, text in MACHINE_SUITES.items():
+        typer.echo(f"  {name}: {text}")
     typer.echo("recipes")
     for recipe in RECIPES.values():
         typer.echo(

@@ -21,6 +21,13 @@ TABLES = {
     "gen_macro_f1": "Generated answers: macro-F1 (secondary)",
     "gen_invalid": "Generated answers: share of invalid ones, counted as wrong, never guessed",
 }
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+    autoescape=False,
+)
 LOWER_IS_BETTER = ("ece", "gen_invalid")
 SIGNIFICANT = 0.05
 MOST_COLUMNS = 8  # of a table; with more methods each is a line
@@ -33,19 +40,12 @@ def page(
     first = records[0]
     module = suite(first.suite)
     sources = {card["source"] for card in first.data.values()}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-    )
     titles = getattr(module, "TABLES", TABLES)
     tables = [
         (title, _table(frame, metric, list(module.METHODS))) for metric, title in titles.items()
     ]
     sections: list[tuple[str, str]] = getattr(module, "sections", lambda records: [])(records)
-    return environment.get_template("suite.md").render(
+    return ENVIRONMENT.get_template("suite.md").render(
         suite=first.suite,
         about=(module.__doc__ or "").strip(),
         phantom="phantom" in sources,

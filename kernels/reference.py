@@ -116,7 +116,8 @@ def _counted(labels: Tensor, logits: Tensor) -> Tensor:
             "expected (tokens,) and (tokens, vocab)"
         )
     keep = labels != IGNORE_INDEX
-    if not labels.is_cuda:  # on CUDA the check would stall the stream; gather checks there
+    # On CUDA the check would stall the stream, and it would break a graph; gather checks there.
+    if not (labels.is_cuda or torch.compiler.is_compiling()):
         wrong = labels[keep & ((labels < 0) | (labels >= logits.shape[1]))]
         if wrong.numel():
             raise ValueError(

@@ -20,10 +20,15 @@ TABLES      metric -> title: the tables of its page
 sections(records) -> list of (title, Markdown), further parts of its page
 figures(frame) -> file name -> SVG text, shown on its page
 
+A machine suite measures the machine that it runs on, needs no data, and is no part of `--all`:
+
+measure(device, note) -> Measured
+            rows of its table, what is missing, and what came out beside the targets
+
 Modules are imported when they are needed: the command line lists them without torch.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
@@ -37,6 +42,10 @@ if TYPE_CHECKING:
     from vitask.score import Prediction
 
 SUITES = {"main": "bench.suites.main"}
+MACHINE_SUITES = {  # what they measure; their modules have these names
+    "kernels": "fused losses against eager, compiled and other fused ones",
+    "step": "training step and scoring: one forward for all branches against three",
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,35 @@ class Suite(Protocol):
 
     @staticmethod
     def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a machine suite found.
+
+    rows:    of the long table, the suite's COLUMNS each
+    missing: what could not be measured here -> why
+    targets: (what was aimed at, what came out, whether it was reached: None if not measured)
+    notes:   what else the reader has to know, JSON-able
+    """
+
+    rows: list[dict[str, Any]]
+    missing: dict[str, str]
+    targets: list[tuple[str, str, bool | None]]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class MachineSuite(Protocol):
+    """A module of this package, as the docstring above describes it."""
+
+    COLUMNS: tuple[str, ...]
+
+    @staticmethod
+    def measure(device: str, note: Callable[[str], None]) -> Measured: ...
+
+
+def machine_suite(name: str) -> MachineSuite:
+    return cast(MachineSuite, import_module(f"bench.suites.{name}"))
 
 
 def suite(name: str) -> Suite:

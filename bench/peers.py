@@ -1,0 +1,207 @@
+"""The losses by every implementation that a user might pick instead, each at its best.
+
+Names of operations: cross_entropy, rda, crt, and vitask = Van + EP + RDA + CRT. The head is
+frozen, as in tuning: gradients go to the hidden rows alone. What is not installed, or cannot run
+on this device, is named as missing with its reason.
+"""
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import (
+    IGNORE_INDEX,
+    crt_loss,
+    linear_cross_entropy,
+    linear_crt,
+    linear_rda,
+    linear_vitask,
+    rda_loss,
+    response_loss,
+)
+
+OPERATIONS = ("cross_entropy", "rda", "crt", "vitask")
+
+
+class Inputs(NamedTuple):
+    """Hidden rows of the three branches (rows, hidden), head (vocab, hidden), labels (rows,)."""
+
+    hidden: Tensor
+    exemplar: Tensor
+    negative: Tensor
+    weight: Tensor
+    labels: Tensor
+
+    @classmethod
+    def random(
+        cls, rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: str, seed: int = 0
+    ) -> "Inputs":
+        """Logits of unit variance; branches that differ as those of one model do."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device)
+
+        base = normal(rows, hidden)
+        return cls(
+            hidden=base.to(dtype).requires_grad_(),
+            exemplar=(base + 0.3 * normal(rows, hidden)).to(dtype).requires_grad_(),
+            negative=(base + 0.5 * normal(rows, hidden)).to(dtype).requires_grad_(),
+            weight=(normal(vocab, hidden) / hidden**0.5).to(dtype),
+            labels=torch.randint(vocab, (rows,), generator=generator, device=device),
+        )
+
+
+Loss = Callable[[Inputs], Tensor]
+Peer = dict[str, Loss]  # operation -> loss; operations that it cannot do are left out
+
+
+def peers(device: str) -> tuple[dict[str, Peer], dict[str, str]]:
+    """Implementations by name, and those that are missing here with the reason."""
+    found: dict[str, Peer] = {"ours": OURS, "eager": EAGER, "eager_shared": EAGER_SHARED}
+    missing: dict[str, str] = {}
+    if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        missing["compile"] = "torch.compile needs a C++ compiler here"
+    else:
+        found["compile"] = {name: _compiled(loss) for name, loss in EAGER_SHARED.items()}
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        found["torch_linear_cross_entropy"] = _torch_linear()
+    else:
+        missing["torch_linear_cross_entropy"] = f"not in torch {torch.__version__}"
+    for name, package, make in (
+        ("liger", "liger_kernel", _liger),
+        ("liger_one_chunk", "liger_kernel", partial(_liger, one_chunk=True)),
+        ("cce", "cut_cross_entropy", _cut_cross_entropy),
+    ):
+        if importlib.util.find_spec(package) is None:
+            missing[name] = f"{package} is not installed: pip install -e .[peers]"
+        elif device != "cuda":
+            missing[name] = "its kernels need CUDA"
+        else:
+            found[name] = make()
+    return found, missing
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """As eager code makes them: a product in the inputs' dtype, float32 from there on."""
+    return (hidden @ weight.T).float()
+
+
+OURS: Peer = {
+    "cross_entropy": lambda x: linear_cross_entropy(x.hidden, x.weight, x.labels),
+    "rda": lambda x: linear_rda(x.hidden, x.exemplar, x.weight, x.labels),
+    "crt": lambda x: linear_crt(x.hidden, x.negative, x.weight, x.labels),
+    "vitask": lambda x: (
+        linear_vitask(
+            x.hidden, x.weight, x.labels, exemplar_hidden=x.exemplar, negative_hidden=x.negative
+        ).total
+    ),
+}
+
+
+def _eager_rda(x: Inputs) -> Tensor:
+    with torch.no_grad():
+        teacher = _logits(x.exemplar, x.weight)
+    return rda_loss(_logits(x.hidden, x.weight), teacher, x.labels)
+
+
+def _eager_crt(x: Inputs) -> Tensor:
+    return crt_loss(_logits(x.hidden, x.weight), _logits(x.negative, x.weight), x.labels)
+
+
+def _eager_cross_entropy(x: Inputs) -> Tensor:
+    return response_loss(_logits(x.hidden, x.weight), x.labels)
+
+
+def _eager_vitask(x: Inputs) -> Tensor:
+    """Every loss makes the logits that it needs: what separate functions cost."""
+    exemplar = response_loss(_logits(x.exemplar, x.weight), x.labels)
+    return _eager_cross_entropy(x) + exemplar + _eager_rda(x) + _eager_crt(x)
+
+
+def _shared_vitask(x: Inputs) -> Tensor:
+    """Logits of each branch once, for all losses."""
+    a, b, n = (_logits(h, x.weight) for h in (x.hidden, x.exemplar, x.negative))
+    return (
+        response_loss(a, x.labels)
+        + response_loss(b, x.labels)
+        + rda_loss(a, b, x.labels)
+        + crt_loss(a, n, x.labels)
+    )
+
+
+EAGER: Peer = {
+    "cross_entropy": _eager_cross_entropy,
+    "rda": _eager_rda,
+    "crt": _eager_crt,
+    "vitask": _eager_vitask,
+}
+EAGER_SHARED: Peer = EAGER | {"vitask": _shared_vitask}
+
+
+def _compiled(loss: Loss) -> Loss:
+    compiled = torch.compile(lambda *x: loss(Inputs(*x)), dynamic=False, fullgraph=True)
+    return lambda x: compiled(*x)
+
+
+def _torch_linear() -> Peer:
+    """torch's own chunked cross-entropy; CRT through the hidden difference (one bias-free head)."""
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def cross_entropy(hidden: Tensor, x: Inputs) -> Tensor:
+        return torch.nn.functional.linear_cross_entropy(
+            hidden, x.weight, x.labels, ignore_index=IGNORE_INDEX, options=options
+        )
+
+    return {
+        "cross_entropy": lambda x: cross_entropy(x.hidden, x),
+        "crt": lambda x: cross_entropy(x.hidden - x.negative, x),
+    }
+
+
+def _liger(*, one_chunk: bool = False) -> Peer:
+    """Liger's fused cross-entropy and JSD; `one_chunk`: its chunking switched off."""
+    from liger_kernel.transformers import LigerFusedLinearJSD, LigerJSD
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    jsd, plain_jsd = LigerFusedLinearJSD(jsd_beta=1.0), LigerJSD(beta=1.0)
+
+    def cross_entropy(hidden: Tensor, x: Inputs) -> Tensor:
+        vocab, width = x.weight.shape
+        chunks = {"chunk_mem_const": -(-vocab // width)} if one_chunk else {}
+        return liger_fused_linear_cross_entropy(hidden, x.weight, x.labels, **chunks)
+
+    def rda(x: Inputs) -> Tensor:
+        if not one_chunk:
+            return jsd(x.hidden, x.weight, x.exemplar.detach(), x.weight, x.labels)
+        with torch.no_grad():
+            teacher = _logits(x.exemplar, x.weight).log_softmax(-1)
+        return plain_jsd(_logits(x.hidden, x.weight).log_softmax(-1), teacher, x.labels)
+
+    def crt(x: Inputs) -> Tensor:
+        return cross_entropy(x.hidden - x.negative, x)
+
+    return {
+        "cross_entropy": lambda x: cross_entropy(x.hidden, x),
+        "rda": rda,
+        "crt": crt,
+        "vitask": lambda x: (
+            cross_entropy(x.hidden, x) + cross_entropy(x.exemplar, x) + rda(x) + crt(x)
+        ),
+    }
+
+
+def _cut_cross_entropy() -> Peer:
+    """Exact: without the default's filter on small gradients."""
+    from cut_cross_entropy import linear_cross_entropy as cce
+
+    exact = partial(cce, impl="cce", filter_eps=None)
+    return {
+        "cross_entropy": lambda x: exact(x.hidden, x.weight, x.labels),
+        "crt": lambda x: exact(x.hidden - x.negative, x.weight, x.labels),
+    }

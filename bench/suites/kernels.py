@@ -1,0 +1,245 @@
+"""Fused losses against what users would pick instead: milliseconds, memory, share of the limit.
+
+Hidden rows of the response positions only; the head is frozen. `forward` runs with gradients
+wanted, as in training; `both` is forward and backward. Ours computes its gradients in the forward
+pass. `eager` makes logits for each loss, `eager_shared` once for all losses, `compile` is
+`eager_shared` under torch.compile with static shapes. share_of_limit = time of the bare products
+(and, on CUDA, of moving the row kernels' bytes once) divided by the time of `both`; the products
+run in the same rounds.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.peers import OPERATIONS, Inputs, Loss, peers
+from bench.speed import MIB, Clock, Spread, interleaved, peak_mib
+from bench.suites import Measured
+
+COLUMNS = (
+    "device", "dtype", "operation", "implementation", "rows", "hidden", "vocab", "pass",
+    "quantity", "value", "low", "high",
+)  # fmt: skip
+LARGE = {"InternVL2-2B": (2048, 92_553), "InternVL3-1B": (896, 151_674)}  # hidden, vocabulary
+POCKET = (128, 1088)
+CPU_TARGET = (512, 32_000)
+ROWS = (128, 512, 2048, 8192)
+PRODUCTS = {"cross_entropy": (1, 1), "rda": (2, 1), "crt": (2, 2), "vitask": (3, 3)}
+WRONG = 0.1  # relative error of a loss from which on an implementation is called wrong
+
+
+def shapes(device: str) -> Iterator[tuple[torch.dtype, int, int, int]]:
+    """dtype, rows, hidden, vocabulary."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for rows in ROWS:
+        yield dtype, rows, *POCKET
+    if device == "cpu":
+        yield dtype, 512, *CPU_TARGET
+    for hidden, vocab in LARGE.values():
+        for rows in ROWS if device == "cuda" else (128,):
+            yield dtype, rows, hidden, vocab
+
+
+def measure(device: str, note: Callable[[str], None]) -> Measured:
+    """All operations at all shapes."""
+    found, missing = peers(device)
+    rows: list[dict[str, Any]] = []
+    notes: dict[str, Any] = {"relative error of the loss and of its gradient": errors(device)}
+    limits: list[str] = []
+    for dtype, count, hidden, vocab in shapes(device):
+        inputs = Inputs.random(count, hidden, vocab, dtype, device)
+        for operation in OPERATIONS:
+            note(f"kernels: {operation}, {count} rows, {hidden} hidden, {vocab} vocabulary")
+            same = {
+                "device": device,
+                "dtype": str(dtype).removeprefix("torch."),
+                "operation": operation,
+                "rows": count,
+                "hidden": hidden,
+                "vocab": vocab,
+            }
+            mine = {name: peer[operation] for name, peer in found.items() if operation in peer}
+            rows += [same | row for row in compare(mine, operation, inputs, device)]
+            flops, moved = work(operation, inputs)
+            limits.append(
+                f"{operation} {count} × {hidden} × {vocab}: {flops / 1e9:.1f} GFLOP, "
+                f"{moved / MIB:.0f} MiB"
+            )
+    notes["limit"] = limits
+    if device == "cpu":
+        missing["CUDA"] = "not measured: no GPU here; `python -m bench run kernels` on one does it"
+    return Measured(rows, missing, targets(rows, device), notes)
+
+
+def compare(
+    losses: dict[str, Loss], operation: str, inputs: Inputs, device: str
+) -> Iterator[dict[str, Any]]:
+    """Rows of one operation at one shape; all implementations take turns with the bare limit."""
+    torch.compiler.reset()  # one graph for each shape: what static shapes mean
+    clock = Clock(device)
+    leaves = inputs[:3]
+
+    def timed(loss: Loss) -> Callable[[], list[float]]:
+        made: list[Tensor] = []
+
+        def call() -> list[float]:
+            made.clear()
+            for leaf in leaves:
+                leaf.grad = None
+            return clock(lambda: made.append(loss(inputs)), lambda: made[0].backward())
+
+        return call
+
+    calls = {name: timed(loss) for name, loss in losses.items()}
+    calls["limit"] = lambda: clock(*limit(operation, inputs, device))
+    samples = interleaved(calls)
+    bare = Spread.of([sum(passes) for passes in samples.pop("limit")]).value
+    for name, rounds in samples.items():
+        both = [sum(passes) for passes in rounds]
+        passes = {"forward": [r[0] for r in rounds], "backward": [r[1] for r in rounds]}
+        for which, values in (passes | {"both": both}).items():
+            spread = Spread.of(values)._asdict()
+            yield {"implementation": name, "pass": which, "quantity": "milliseconds"} | spread
+        same = {"implementation": name, "pass": "both", "low": None, "high": None}
+        share = bare / Spread.of(both).value
+        yield same | {"quantity": "share_of_limit", "value": share}
+        call = calls[name]
+        yield same | {"quantity": "peak_mib", "value": peak_mib(call, device)}
+
+
+def work(operation: str, inputs: Inputs) -> tuple[float, float]:
+    """FLOPs of the products, and bytes that the row kernels move: two reads, one write."""
+    rows, hidden = inputs.hidden.shape
+    vocab = len(inputs.weight)
+    forward, backward = PRODUCTS[operation]
+    flops = 2.0 * rows * hidden * vocab * (forward + backward)
+    written = backward * inputs.weight.itemsize
+    return flops, float(rows * vocab * (2 * 4 * forward + written))
+
+
+def limit(operation: str, inputs: Inputs, device: str) -> list[Callable[[], object]]:
+    """The products alone, and on CUDA a copy that moves as many bytes as the row kernels."""
+    rows, vocab = len(inputs.hidden), len(inputs.weight)
+    forward, backward = PRODUCTS[operation]
+    x = torch.cat([*inputs[:forward]]).detach()
+    gradient = torch.randn(backward * rows, vocab, device=device).to(x.dtype)
+    logits = torch.empty(forward * rows, -(-vocab // 64) * 64, device=device)[:, :vocab]
+    steps: list[Callable[[], object]] = [
+        lambda: (
+            torch.mm(x, inputs.weight.T, out=logits)
+            if x.dtype == torch.float32
+            else torch.mm(x, inputs.weight.T, out_dtype=torch.float32, out=logits)
+        ),
+        lambda: gradient @ inputs.weight,
+    ]
+    if device == "cuda":
+        half = torch.empty(int(work(operation, inputs)[1] // 2), dtype=torch.int8, device=device)
+        target = torch.empty_like(half)
+        steps.append(lambda: target.copy_(half))
+    return steps
+
+
+def errors(device: str) -> dict[str, str]:
+    """Of every implementation against float64, at a small shape in the dtype that is timed."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    inputs = Inputs.random(64, 128, 1000, dtype, device)
+    exact = inputs._replace(
+        hidden=inputs.hidden.detach().double().requires_grad_(),
+        exemplar=inputs.exemplar.detach().double().requires_grad_(),
+        negative=inputs.negative.detach().double().requires_grad_(),
+        weight=inputs.weight.double(),
+    )
+    found, _ = peers(device)
+    said = {}
+    for name, peer in found.items():
+        parts = []
+        for operation, loss in peer.items():
+            value, gradient = _with_gradient(loss, inputs)
+            truth, true_gradient = _with_gradient(_truth(operation), exact)
+            wrong = float((value.double() - truth).abs() / truth.abs())
+            off = float((gradient.double() - true_gradient).norm() / true_gradient.norm())
+            mark = " WRONG" if wrong > WRONG else ""
+            parts.append(f"{operation} {wrong:.1e} and {off:.1e}{mark}")
+        said[name] = "; ".join(parts)
+    return said
+
+
+def _truth(operation: str) -> Loss:
+    """The reference in the dtype of its inputs."""
+    from kernels import linear_cross_entropy, linear_crt, linear_rda, linear_vitask
+
+    chosen: dict[str, Any] = {"implementation": "reference"}
+    return {
+        "cross_entropy": lambda x: linear_cross_entropy(x.hidden, x.weight, x.labels, **chosen),
+        "rda": lambda x: linear_rda(x.hidden, x.exemplar, x.weight, x.labels, **chosen),
+        "crt": lambda x: linear_crt(x.hidden, x.negative, x.weight, x.labels, **chosen),
+        "vitask": lambda x: linear_vitask(
+            x.hidden, x.weight, x.labels,
+            exemplar_hidden=x.exemplar, negative_hidden=x.negative, **chosen,
+        ).total,
+    }[operation]  # fmt: skip
+
+
+def _with_gradient(loss: Loss, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    value = loss(inputs)
+    (gradient,) = torch.autograd.grad(value, inputs.hidden)
+    return value.detach(), gradient
+
+
+def targets(rows: list[dict[str, Any]], device: str) -> list[tuple[str, str, bool | None]]:
+    """What the joint loss aims at, and what came out; the worst of the shapes counts."""
+
+    def values(
+        implementation: str, quantity: str, hidden: int, vocab: int, least: int
+    ) -> dict[int, float]:
+        return {
+            r["rows"]: r["value"]
+            for r in rows
+            if (r["operation"], r["pass"], r["hidden"], r["vocab"])
+            == ("vitask", "both", hidden, vocab)
+            and (r["implementation"], r["quantity"]) == (implementation, quantity)
+            and r["rows"] >= least
+        }
+
+    def ratio(
+        text: str, other: str, shape: tuple[int, int], aim: float, *,
+        quantity: str = "milliseconds", most: bool = False, least: int = 512,
+    ) -> tuple[str, str, bool | None]:  # fmt: skip
+        ours, theirs = (values(name, quantity, *shape, least) for name in ("ours", other))
+        shared = sorted(set(ours) & set(theirs))
+        if not shared:
+            return text, "–", None
+        found = [ours[n] / theirs[n] if most else theirs[n] / ours[n] for n in shared]
+        worst = max(found) if most else min(found)
+        return text, f"{worst:.2f}", worst <= aim if most else worst >= aim
+
+    done = []
+    cpu = "on a CPU, 512 × 512 × 32,000"
+    own = CPU_TARGET if device == "cpu" else (0, 0)
+    done.append(ratio(f"1.5 × eager_shared {cpu}", "eager_shared", own, 1.5))
+    done.append(ratio(f"1.2 × compile {cpu}", "compile", own, 1.2))
+    done.append(
+        ratio(f"0.2 of the peak memory of eager_shared {cpu}", "eager_shared", own, 0.2,
+              quantity="peak_mib", most=True)
+    )  # fmt: skip
+    for (name, shape), aim in zip(LARGE.items(), (1.8, 2.5), strict=True):
+        own = shape if device == "cuda" else (0, 0)
+        where = f"on a GPU, {name}, 512 rows or more"
+        done.append(ratio(f"{aim} × eager_shared {where}", "eager_shared", own, aim))
+        done.append(ratio(f"1.2 × compile {where}", "compile", own, 1.2))
+        done.append(ratio(f"1.3 × liger {where}", "liger", own, 1.3))
+        done.append(ratio(f"1.3 × liger_one_chunk {where}", "liger_one_chunk", own, 1.3))
+        done.append(
+            ratio(f"0.3 of the peak memory of eager_shared {where}", "eager_shared", own, 0.3,
+                  quantity="peak_mib", most=True)
+        )  # fmt: skip
+        shares = values("ours", "share_of_limit", *own, 2048)
+        text = f"0.8 of the limit on a GPU, {name}, 2048 rows or more"
+        worst = min(shares.values(), default=None)
+        if worst is None:
+            done.append((text, "–", None))
+        else:
+            done.append((text, f"{worst:.2f}", worst >= 0.8))
+    return done
