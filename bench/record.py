@@ -16,15 +16,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vitask.data.spec import Dataset
 from vitask.prompts import Candidates
-from vitask.score import Prediction
+
+if TYPE_CHECKING:
+    from vitask.data.spec import Dataset
+    from vitask.score import Prediction
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = (
@@ -121,7 +123,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_samples(
-    path: Path, predictions: Sequence[Prediction], datasets: Mapping[str, Dataset]
+    path: Path, predictions: "Sequence[Prediction]", datasets: "Mapping[str, Dataset]"
 ) -> str:
     """One row per test image; returns the file's SHA-256. The same rows give the same bytes."""
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
@@ -149,11 +151,13 @@ class Samples:
     ids: np.ndarray
     labels: np.ndarray
     groups: np.ndarray | None
-    prediction: Prediction
+    prediction: "Prediction"
 
 
 def read_samples(path: Path) -> dict[str, Samples]:
     """What `write_samples` wrote, by dataset."""
+    from vitask.score import Prediction
+
     try:
         table = pq.read_table(path, schema=SCHEMA)
     except (OSError, pa.ArrowInvalid) as error:

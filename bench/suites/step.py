@@ -271,7 +271,8 @@ def random_vlm(shape: Shape, dtype: torch.dtype, device: str) -> VLM:
     )
     with torch.device(device):
         model = InternVLForConditionalGeneration._from_config(config, dtype=dtype)
-    return VLM(model, None, "random")
+    processor = VLM.load("pocket").processor  # of no use here: nothing is asked in words
+    return VLM(model, processor, "random")
 
 
 def targets(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool | None]]:
