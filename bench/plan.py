@@ -119,9 +119,12 @@ def _sized(plan: Plan, module: Suite) -> Plan:
         return plan
     recipe = plan.recipe.study(plan.source)
     chosen = set(plan.names) != set(plan.recipe.datasets(plan.source))
-    return replace(
-        plan, recipe=recipe, names=plan.names if chosen else recipe.datasets(plan.source)
-    )
+    own = replace(plan, recipe=recipe, names=plan.names if chosen else recipe.datasets(plan.source))
+    if not hasattr(module, "trained_on"):
+        return own
+    names = module.trained_on(own)
+    datasets = {"phantom_datasets": names, "medmnist_datasets": names}
+    return replace(own, recipe=replace(recipe, **datasets), names=names)
 
 
 def prompts(datasets: dict[str, Dataset]) -> dict[str, str]:

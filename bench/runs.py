@@ -110,7 +110,7 @@ def run_suite(
         identity=job.base(),
         device="cuda" if torch.cuda.is_available() else "cpu",
         progress=progress,
-        prefix="study-" if getattr(module, "STUDY", False) else "",
+        prefix=_prefix(job),
         cache={} if cache is None else cache,
     )
     for seed in plan.seeds:
@@ -128,6 +128,13 @@ def run_suite(
             start = time.perf_counter()
     run.end()
     return read_records(folder, name)
+
+
+def _prefix(job: Job) -> str:
+    """Of checkpoints' names: suites that train on the same data share them."""
+    if hasattr(job.module, "trained_on"):
+        return f"{job.name}-"
+    return "study-" if getattr(job.module, "STUDY", False) else ""
 
 
 @dataclass

@@ -233,7 +233,9 @@ def render(
 
     name = records[0].suite
     frame = tabulate(folder, records, specs)
-    figures: dict[str, str] = getattr(suite(name), "figures", lambda frame: {})(frame)
+    module = suite(name)
+    figures: dict[str, str] = getattr(module, "figures", lambda frame: {})(frame)
+    figures |= getattr(module, "plots", lambda records: {})(records)
     return {
         f"{name}.csv": csv_text(frame),
         f"{name}.md": page(frame, records, ROOT, figures),

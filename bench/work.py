@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.checkpoints import kept
 from bench.record import content_key
-from bench.suites import Context
+from bench.suites import Context, Outcome
 from vitask.checkpoint import Task, VITask
 from vitask.features import Features
 from vitask.prompts import instruction
@@ -132,28 +132,34 @@ class Work:
         *,
         name: str,
         exemplar: Features | None = None,
+        datasets: "Mapping[str, Dataset] | None" = None,
     ) -> Tuned:
         """The VLM tuned by a recipe, with a TSM if the recipe has exemplars.
 
         exemplar: features in the place of the TSM's own, which `name` has to say
+        datasets: what is trained on, if not the suite's
         """
-        recipe = recipe or self.recipe
+        recipe, datasets = recipe or self.recipe, datasets or self.datasets
         if recipe.exemplar:
             specialist = specialist or self.specialist()
+            taught = exemplar or self.exemplar(specialist.model, recipe, datasets)
             exemplar = exemplar or self.exemplar(specialist.model, recipe)
         else:
-            specialist = exemplar = None
+            specialist = exemplar = taught = None
         cost = epoch_cost(recipe)
 
         def make() -> tuple[VITask, Any]:
+            vlm = self.vlm()
+            whole = datasets is self.datasets and recipe.trained == "adapters"
+            image = self.image if whole else self.shown(vlm, recipe, datasets)
             model, log = tune(
-                self.vlm(),
-                self.datasets,
+                vlm,
+                datasets,
                 recipe,
                 self.seed,
-                image=self.image,
+                image=image,
                 tsm=None if specialist is None else specialist.model,
-                exemplar=exemplar,
+                exemplar=taught,
                 on_epoch=self._on_epoch(cost, name),
             )
             return model, asdict(log)
@@ -162,24 +168,40 @@ class Work:
         fields = {k: v for k, v in asdict(recipe).items() if k != "name"} | {"as": name}
         if specialist is not None:
             fields |= {"tsm_key": specialist.note["key"]}
-        model, note = self._kept(name, fields, self.datasets, (make, VITask.save_pretrained, load))
+        model, note = self._kept(name, fields, datasets, (make, VITask.save_pretrained, load))
         if note.pop("found"):
             self.advance(cost * recipe.epochs, f"{name}, seed {self.seed}: there already")
         return Tuned(model, note, exemplar)
 
-    def exemplar(self, tsm: TSM, recipe: Recipe | None = None) -> Features:
+    def exemplar(
+        self,
+        tsm: TSM,
+        recipe: Recipe | None = None,
+        datasets: "Mapping[str, Dataset] | None" = None,
+    ) -> Features:
         """A TSM's features, as a recipe's connector takes them."""
         kind = "cls" if (recipe or self.recipe).variant == "cls" else "all"
-        return self.kept(partial(tsm.features, kind=kind))
+        return self.kept(partial(tsm.features, kind=kind), datasets)
 
-    def kept(self, compute: "Callable[[np.ndarray], Tensor]") -> Features:
+    def kept(
+        self,
+        compute: "Callable[[np.ndarray], Tensor]",
+        datasets: "Mapping[str, Dataset] | None" = None,
+    ) -> Features:
         """Features of all images, in memory or on disk."""
         return Features(
-            self.everything,
+            datasets or self.everything,
             compute,
             memory_mib=self.recipe.feature_memory_mib,
             folder=self.context.folder,
         )
+
+    def shown(
+        self, vlm: VLM, recipe: Recipe, datasets: "Mapping[str, Dataset] | None" = None
+    ) -> Features:
+        """What tuning is shown of the images: features, or pixels where vision trains."""
+        compute = vlm.image_features if recipe.trained == "adapters" else vlm.pixel_values
+        return Features(datasets or self.everything, compute)
 
     def _kept(
         self, name: str, fields: dict[str, Any], datasets: "Mapping[str, Dataset]", how: Any
@@ -200,14 +222,16 @@ class Work:
         model: VITask,
         exemplar: Features | None = None,
         *,
-        image: Features | None = None,
         write: bool = True,
     ) -> list[Prediction]:
         """Constrained scores and generated answers for every test image of every dataset."""
         done = []
+        image = self.image
+        if model.recipe.trained != "adapters":
+            image = self.shown(model.vlm, model.recipe)
         for name in self.context.evaluated:
             features = None if exemplar is None else exemplar(name, "test")
-            tokens = model.tokens((image or self.image)(name, "test"), features)
+            tokens = model.tokens(model.seen(image(name, "test")), features)
             log_p = model.score(name, tokens)
             written = model.write(name, tokens) if write else None
             done.append(Prediction(name, "candidates", log_p, written))
@@ -221,6 +245,13 @@ class Work:
             kind = "labels" if dataset.spec.multi_label else "candidates"
             done.append(Prediction(name, kind, log_p))
         return done
+
+    def answers(
+        self, method: str, predictions: list[Prediction], note: "dict[str, Any] | None" = None
+    ) -> Outcome:
+        """A method's predictions as an outcome, with how its model came about."""
+        self.advance(SCORING, f"{method}, seed {self.seed}")
+        return Outcome(method, predictions, {} if note is None else {"tuning": note["log"]})
 
     # Progress
 

@@ -56,7 +56,7 @@ class Recipe:
     source_size: int = 28  # pixels: 28, 64, 128 or 224; never mixed in one table
     train_limit: int | None = None  # images per dataset, stratified by class; None: all
     val_limit: int | None = None
-    phantom_study: Study = Study(datasets=("pneumoniamnist", "retinamnist", "breastmnist"))
+    phantom_study: Study = Study(datasets=("dermamnist", "retinamnist", "breastmnist"))
     medmnist_study: Study = Study(datasets=("dermamnist", "retinamnist", "breastmnist"))
 
     # Vision language model: "pocket", a folder, or a name on the hub.
@@ -176,7 +176,7 @@ POCKET = Recipe(
     train_limit=500,
     val_limit=200,
     phantom_study=Study(
-        datasets=("pneumoniamnist", "retinamnist", "breastmnist"), train_limit=96, tsm_epochs=10
+        datasets=("dermamnist", "retinamnist", "breastmnist"), train_limit=96, tsm_epochs=10
     ),
     medmnist_study=Study(
         datasets=("breastmnist", "retinamnist", "pneumoniamnist", "ham10000"),

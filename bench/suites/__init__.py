@@ -14,11 +14,14 @@ run(context, seed, wanted) -> Iterator[Outcome]
 and, where the defaults do not fit:
 
 STUDY       True: the suite runs at the size of the recipe's study, not of the recipe itself
+trained_on(plan) -> names
+            the sets that are trained on, if not the study's
 evaluated(plan, datasets) -> datasets
             the sets that are scored, if not those that are trained on
 TABLES      metric -> title: the tables of its page
 sections(records) -> list of (title, Markdown), further parts of its page
-figures(frame) -> file name -> SVG text, shown on its page
+figures(frame), plots(records) -> file name -> SVG text
+            charts of its table or of what its records hold, shown on its page
 
 A machine suite measures the machine that it runs on, needs no data, and is no part of `--all`:
 
@@ -41,7 +44,13 @@ if TYPE_CHECKING:
     from vitask.recipes import Recipe
     from vitask.score import Prediction
 
-SUITES = {"main": "bench.suites.main"}
+SUITES = {
+    name: f"bench.suites.{name}"
+    for name in (
+        "main", "ablation", "exemplars", "ranking", "instructions", "baselines", "sensitivity",
+        "data_fraction", "architectures", "retention", "cost",
+    )
+}  # fmt: skip
 MACHINE_SUITES = {  # what they measure; their modules have these names
     "kernels": "fused losses against eager, compiled and other fused ones",
     "step": "training step and scoring: one forward for all branches against three",

@@ -1,0 +1,95 @@
+"""The paper's figure 4 and more: what is left when the instruction is not complete?
+
+@FORM: tuned with the complete instruction, asked by the form. @no_list_trained: the list of
+possible diagnoses is left out in training too, as in the paper. Everything is answered without the
+exemplar, by constrained scoring among the same answers.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from bench.suites import Context, Outcome
+from vitask.prompts import FORMS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bench.plan import Plan
+    from vitask.recipes import Recipe
+
+STUDY = True
+TRAINED = "no_list_trained"
+KINDS = {"vanilla": "Van alone", "vitask_without_ep": "VITask"}
+WHAT = {
+    "complete": "complete instruction",
+    "no_list": "class list removed",
+    "list_75": "class list cut to its first 75 %",
+    "list_50": "class list cut to its first 50 %",
+    "list_25": "class list cut to its first 25 %",
+    "shuffled_1": "class list shuffled",
+    "shuffled_2": "class list shuffled otherwise",
+    "shuffled_3": "class list shuffled a third way",
+    "no_modality": "modality removed",
+    "paraphrase_1": "paraphrased",
+    "paraphrase_2": "paraphrased otherwise",
+    "paraphrase_3": "paraphrased a third way",
+    "empty": "no instruction at all",
+    TRAINED: "class list removed, in training too",
+}
+METHODS = {
+    f"{kind}@{form}": f"{text}: {what}"
+    for form, what in WHAT.items()
+    for kind, text in KINDS.items()
+}
+REFERENCE = {
+    method: f"vanilla@{method.split('@')[1]}" for method in METHODS if method.startswith("vitask")
+}
+PUBLISHED = "vitask_fig4_incomplete_instructions.csv"
+PUBLISHED_NOTE = """\
+Bai et al. 2024, figure 4: InternVL2-2B on DermaMNIST at 224 pixels; incomplete = class list removed
+in training and testing."""
+
+
+def trained_on(plan: "Plan") -> tuple[str, ...]:
+    """All datasets of the recipe, not the study's few."""
+    from vitask.recipes import recipe
+
+    whole = recipe(plan.recipe.name).datasets(plan.source)
+    return whole if set(plan.names) <= set(whole) else plan.names
+
+
+def units(recipe: "Recipe") -> float:
+    from bench.work import SCORING, specialist_units, tuning_units
+    from vitask.recipes import vanilla
+
+    tuning = tuning_units(recipe) + tuning_units(vanilla(recipe))
+    return 2 * tuning + specialist_units(recipe) + SCORING * len(METHODS) / 2
+
+
+def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
+    from bench.work import Work
+    from vitask.checkpoint import VITask
+    from vitask.recipes import vanilla
+
+    assert set(WHAT) == {*FORMS, TRAINED}
+    work = Work(context, seed)
+    for kind in KINDS:
+        full = context.recipe if kind.startswith("vitask") else vanilla(context.recipe)
+        name = "vitask" if kind.startswith("vitask") else "vanilla"
+        asked = [form for form in FORMS if f"{kind}@{form}" in wanted]
+        if asked:
+            tuned = work.tuned(full, name=name)
+            for form in asked:
+                model = VITask(tuned.model.vlm, replace(full, instruction=form), tuned.model.tasks)
+                yield work.answers(f"{kind}@{form}", work.predict(model, write=False))
+        if f"{kind}@{TRAINED}" in wanted:
+            tuned = work.tuned(replace(full, instruction="no_list"), name=f"{name}-no_list")
+            predictions = work.predict(tuned.model, write=False)
+            yield work.answers(f"{kind}@{TRAINED}", predictions, tuned.note)
+
+
+def figures(frame: "pd.DataFrame") -> dict[str, str]:
+    from bench.figures import bars
+
+    return {"instructions.svg": bars(frame, "macro_f1", list(METHODS), "Macro-F1, average")}

@@ -1,0 +1,60 @@
+"""What general ability tuning costs: the VLM's own task before and after each tuning.
+
+For the embedded VLM that is its held-out picture questions, by kind, answered in free text.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bench.suites import Context, Outcome
+
+if TYPE_CHECKING:
+    from vitask.recipes import Recipe
+
+STUDY = True
+METHODS = {
+    "untuned": "the VLM as it is",
+    "vanilla": "after tuning with Van alone",
+    "vitask": "after tuning with all losses of VITask",
+}
+REFERENCE = "untuned"
+PUBLISHED = None
+PUBLISHED_NOTE = ""
+TABLES = {"accuracy": "Accuracy on held-out picture questions, by kind"}
+PICTURES, SEED = 400, 777  # held out from all pictures that the VLM was trained on
+
+
+def units(recipe: "Recipe") -> float:
+    from bench.work import SCORING, specialist_units, tuning_units
+    from vitask.recipes import vanilla
+
+    tuning = tuning_units(recipe) + tuning_units(vanilla(recipe))
+    return tuning + specialist_units(recipe) + SCORING * len(METHODS)
+
+
+def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
+    from bench.work import SCORING, Work
+    from vitask.pocket.evaluate import accuracy
+    from vitask.recipes import vanilla
+
+    if context.recipe.vlm != "pocket":
+        raise ValueError(
+            f"retention: no general task is known for the VLM {context.recipe.vlm!r}; "
+            "expected 'pocket', whose held-out picture questions are in this repository"
+        )
+    work = Work(context, seed)
+    for method in METHODS:
+        if method not in wanted:
+            continue
+        if method == "untuned":
+            model = work.untuned
+        else:
+            recipe = context.recipe if method == "vitask" else vanilla(context.recipe)
+            model = work.tuned(recipe, name=method).model
+        found = accuracy(model.vlm, PICTURES, SEED)
+        values = {f"pictures: {kind}": {"accuracy": value} for kind, value in found.items()}
+        values["pictures: average"] = {"accuracy": float(np.mean(list(found.values())))}
+        work.advance(SCORING, f"{method}, seed {seed}")
+        yield Outcome(method, [], values=values)
