@@ -105,12 +105,17 @@ class Work:
         datasets: "Mapping[str, Dataset] | None" = None,
         *,
         name: str = "tsm",
+        planned: bool = True,
     ) -> Specialist:
-        """A task-specific model of all the suite's datasets, or of others, trained or found."""
+        """A task-specific model of all the suite's datasets, or of others, trained or found.
+
+        planned: whether its epochs count in the suite's `units`
+        """
         recipe, datasets = recipe or self.recipe, datasets or self.datasets
 
         def make() -> tuple[TSM, Any]:
-            return train_tsm(datasets, recipe, self.seed, on_epoch=self._on_epoch(TSM_EPOCH))
+            cost = TSM_EPOCH if planned else 0.0
+            return train_tsm(datasets, recipe, self.seed, on_epoch=self._on_epoch(cost))
 
         def save(model: TSM, folder: Any) -> None:
             folder.mkdir()
@@ -122,7 +127,8 @@ class Work:
         fields = {k: v for k, v in asdict(recipe).items() if k in TSM_FIELDS or k.startswith("tsm")}
         model, note = self._kept(name, fields, datasets, (make, save, load))
         if note.pop("found"):
-            self.advance(TSM_EPOCH * recipe.tsm_epochs, f"{name}, seed {self.seed}: there already")
+            units = TSM_EPOCH * recipe.tsm_epochs if planned else 0.0
+            self.advance(units, f"{name}, seed {self.seed}: there already")
         return Specialist(model, note)
 
     def tuned(

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 SUITES = {
     name: f"bench.suites.{name}"
     for name in (
-        "main", "ablation", "exemplars", "ranking", "instructions", "baselines", "sensitivity",
-        "data_fraction", "architectures", "retention", "cost",
+        "main", "ablation", "exemplars", "ranking", "external", "instructions",
+        "baselines", "sensitivity", "data_fraction", "architectures", "retention", "cost",
     )
 }  # fmt: skip
 MACHINE_SUITES = {  # what they measure; their modules have these names

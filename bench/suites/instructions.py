@@ -64,7 +64,7 @@ def units(recipe: "Recipe") -> float:
     from vitask.recipes import vanilla
 
     tuning = tuning_units(recipe) + tuning_units(vanilla(recipe))
-    return 2 * tuning + specialist_units(recipe) + SCORING * len(METHODS) / 2
+    return 2 * tuning + specialist_units(recipe) + SCORING * len(METHODS)
 
 
 def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:

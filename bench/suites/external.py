@@ -1,0 +1,131 @@
+"""The paper's table 3: trained on RetinaMNIST, tested on photographs of other clinics.
+
+`vitask_plug` puts a task-specific model that was trained on the external set's own training part
+in the place of the first; nothing else is tuned. `referable_auc` is the AUC of grade 2 or more.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bench.suites import Context, Outcome
+
+if TYPE_CHECKING:
+    from bench.plan import Plan
+    from bench.work import Work
+    from vitask.checkpoint import VITask
+    from vitask.data.spec import Dataset
+    from vitask.recipes import Recipe
+    from vitask.score import Prediction
+
+STUDY = True
+METHODS = {
+    "tsm": "the task-specific model, trained on RetinaMNIST",
+    "vanilla": "Van alone",
+    "vitask_without_ep": "VITask, answering alone",
+    "vitask_with_ep": "VITask, answering with the exemplar",
+    "vitask_plug": "VITask with a task-specific model of the external set plugged in",
+}
+REFERENCE = "vanilla"
+PUBLISHED = "vitask_table3_external.csv"
+PUBLISHED_NOTE = """\
+Bai et al. 2024, table 3: InternVL2-2B at 224 pixels, whole external sets."""
+TABLES = {
+    "macro_f1": "Macro-F1, by constrained scoring",
+    "accuracy": "Accuracy, by constrained scoring",
+    "auc": "AUC, as MedMNIST's evaluator computes it",
+    "qwk": "Quadratic weighted kappa",
+    "referable_auc": "AUC of referable retinopathy (grade 2 or more)",
+}
+TRAINED = "retinamnist"
+REFERABLE = 2  # grade from which on a patient is referred
+
+
+def trained_on(plan: "Plan") -> tuple[str, ...]:
+    return (TRAINED,)
+
+
+def evaluated(plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
+    """The external sets that lie in the data roots."""
+    from vitask.data import external
+
+    found = external.names(plan.source, plan.roots)
+    if not found:
+        looked = ", ".join(map(str, plan.roots)) or "no data root"
+        raise ValueError(
+            f"suite external: none of the folders {', '.join(external.READERS)} lies in {looked}; "
+            "vitask/data/external.py says what they hold"
+        )
+    size, retina = plan.recipe.source_size, datasets[TRAINED].spec
+    return {
+        name: external.load(name, retina, source=plan.source, roots=plan.roots, size=size)
+        for name in found
+    }
+
+
+def units(recipe: "Recipe") -> float:
+    from bench.work import SCORING, specialist_units, tuning_units
+    from vitask.recipes import vanilla
+
+    tuning = tuning_units(recipe) + tuning_units(vanilla(recipe))
+    return tuning + specialist_units(recipe) + SCORING * len(METHODS)
+
+
+def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
+    from bench.work import Work
+    from vitask.recipes import vanilla
+
+    work, recipe = Work(context, seed), context.recipe
+    specialist = work.specialist()
+    if "tsm" in wanted:
+        yield _outcome(work, "tsm", work.classify(specialist.model))
+    if "vanilla" in wanted:
+        plain = work.tuned(vanilla(recipe), name="vanilla")
+        yield _outcome(work, "vanilla", work.predict(_asked(work, plain.model)))
+    if {"vitask_without_ep", "vitask_with_ep", "vitask_plug"} & set(wanted):
+        tuned = work.tuned(recipe, specialist, name="vitask")
+        model = _asked(work, tuned.model)
+        for method, exemplar in (("vitask_without_ep", None), ("vitask_with_ep", tuned.exemplar)):
+            if method in wanted:
+                yield _outcome(work, method, work.predict(model, exemplar))
+        if "vitask_plug" in wanted:
+            yield _outcome(work, "vitask_plug", _plugged(work, model))
+
+
+def _asked(work: "Work", model: "VITask") -> "VITask":
+    """The same model, asked about the external sets: their question and answers are the same."""
+    from vitask.checkpoint import Task, VITask
+
+    tasks = {name: Task.of(dataset) for name, dataset in work.context.evaluated.items()}
+    return VITask(model.vlm, model.recipe, tasks, tsm=model.tsm, connector=model.connector)
+
+
+def _plugged(work: "Work", model: "VITask") -> "list[Prediction]":
+    """Each external set with its own task-specific model."""
+    from vitask.score import Prediction
+
+    done = []
+    for name, dataset in work.context.evaluated.items():
+        own = work.specialist(datasets={name: dataset}, name=f"tsm-{name}", planned=False)
+        plugged = model.plug(own.model)
+        tokens = plugged.tokens(work.image(name, "test"), work.exemplar(own.model)(name, "test"))
+        written = plugged.write(name, tokens)
+        done.append(Prediction(name, "candidates", plugged.score(name, tokens), written))
+    return done
+
+
+def _outcome(work: "Work", method: str, predictions: "list[Prediction]") -> Outcome:
+    from sklearn.metrics import roc_auc_score
+
+    values = {}
+    for prediction in predictions:
+        labels = work.context.evaluated[prediction.dataset].splits["test"].labels
+        log_p = prediction.log_probability
+        p = np.exp(log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True))
+        referable = labels >= REFERABLE
+        if referable.any() and not referable.all():
+            auc = roc_auc_score(referable, p[:, REFERABLE:].sum(1))
+            values[prediction.dataset] = {"referable_auc": float(auc)}
+    answered = work.answers(method, predictions)
+    return Outcome(method, predictions, answered.extras, values)

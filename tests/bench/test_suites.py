@@ -1,0 +1,112 @@
+"""Every suite: its face, and one whole run at a size of seconds."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bench import runs, table
+from bench.plan import Job, Plan, plan_of, specs_of
+from bench.progress import Scaled
+from bench.record import record_name
+from bench.suites import MACHINE_SUITES, SUITES, machine_suite, reference_of, suite
+from bench.table import COLUMNS
+from bench.verify import differences
+from vitask.recipes import POCKET, RECIPES, Study
+
+ROOT = Path(__file__).parents[2]
+every = pytest.mark.parametrize("name", SUITES)
+
+
+@every
+def test_face_is_complete(name):
+    module = suite(name)
+    assert module.__doc__
+    assert all(text for text in module.METHODS.values())
+    for method in module.METHODS:
+        assert not set(record_name(name, method, 0)) & set("/\\ :*?")
+        assert reference_of(module, method) in {None, *module.METHODS} - {method}
+    if module.PUBLISHED is not None:
+        assert (ROOT / "leaderboards" / "published" / module.PUBLISHED).is_file()
+        assert module.PUBLISHED_NOTE
+    assert module.units(POCKET) > 0
+
+
+@pytest.mark.parametrize("name", [*SUITES, *MACHINE_SUITES])
+def test_docs_say_what_it_asks_and_how_to_read_it(name):
+    text = (ROOT / "bench" / "suites" / f"{name}.md").read_text()
+    assert "**What it asks.**" in text
+    assert "**How to read it.**" in text
+
+
+def test_machine_suites_are_modules_of_their_name():
+    assert not set(MACHINE_SUITES) & set(SUITES)
+    for name in MACHINE_SUITES:
+        assert machine_suite(name).COLUMNS
+
+
+class Silent:
+    """Adds up what it is told."""
+
+    def __init__(self) -> None:
+        self.units = 0.0
+
+    def advance(self, units: float, text: str) -> None:
+        assert text
+        self.units += units
+
+    def note(self, text: str) -> None:
+        assert text
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Plan:
+    """Two phantoms, one of them RetinaMNIST's; one folder for all suites, as with --all."""
+    datasets = ("retinamnist", "breastmnist")
+    small = {"stage1_epochs": 1, "stage2_epochs": 1, "tsm_epochs": 1}
+    recipe = replace(
+        POCKET,
+        name="tiny",
+        phantom_datasets=datasets,
+        phantom_samples=(16, 8, 8),
+        phantom_study=Study(datasets=datasets, train_limit=12, **small),
+        **small,
+    )
+    RECIPES["tiny"] = recipe
+    yield Plan(
+        recipe=recipe, source="phantom", names=datasets, out=tmp_path_factory.mktemp("suites")
+    )
+    del RECIPES["tiny"]
+
+
+@every
+def test_a_suite_runs_to_its_tables_and_verifies(name, tiny):
+    job, told = Job.of(name, tiny), Silent()
+    with runs.locked(tiny.folder):
+        records = runs.run_suite(job, tiny.folder, Scaled(told, 1.0), command="python -m bench")
+        table.write(tiny.folder, records, specs_of(records[0]))
+    assert told.units == pytest.approx(job.module.units(job.plan.recipe), rel=1e-6)
+    assert [record.method for record in records] == list(job.module.METHODS)
+    frame = pd.read_csv(tiny.folder / f"{name}.csv")
+    assert tuple(frame.columns) == COLUMNS
+    assert set(frame.method) == set(job.module.METHODS)
+    assert set(frame.source) == {"phantom"}
+    page = (tiny.folder / f"{name}.md").read_text()
+    assert "PHANTOM" in page.splitlines()[0]
+    for figure in tiny.folder.glob("*.svg"):
+        assert figure.read_text().startswith("<svg")
+    again = Job.of(name, plan_of(records[0], roots=(), allow_unverified=(), folder=tiny.folder))
+    assert again.identity() == job.identity()
+    assert differences(tiny.folder, records, again.evaluated) == []
+
+
+def test_suites_share_models_that_are_the_same(tiny):
+    """`ablation` and `cost` come after others that need the same; nothing was trained twice."""
+    notes = sorted((tiny.folder / "checkpoints").glob("study-v*.json"))
+    if not notes:
+        pytest.skip("runs after the suites")
+    before = {note: note.stat().st_mtime_ns for note in notes}
+    with runs.locked(tiny.folder):
+        runs.run_suite(Job.of("cost", tiny), tiny.folder, Silent(), command="python -m bench")
+    assert {note: note.stat().st_mtime_ns for note in notes} == before

@@ -1,0 +1,195 @@
+"""External sets of diabetic retinopathy in their published file forms; the user brings them.
+
+Grades 0 to 4 are RetinaMNIST's. What belongs to a set lies in a folder of its name in a data root:
+
+    aptos2019   train.csv (id_code, diagnosis), train_images/ID.png
+    idrid       "B. Disease Grading" as it is unpacked
+    messidor2   messidor_data.csv (image_id, adjudicated_dr_grade, adjudicated_gradable), images/
+    messidor    annotations.csv (Image name, Retinopathy grade 0-3), images/. The published XLS
+                files, saved as one CSV; grade 3 there is severe or proliferative: 3 and 4 merge
+                into 3, which is no exact map
+
+Images are cut to their centre square and made `size` pixels. IDRiD keeps its own test part;
+others are divided by a fixed seed, stratified by grade: 60 % train, 10 % val, 30 % test.
+IDRiD_118 (train) is the same picture as IDRiD_064 (test) and is left out.
+Phantom: RetinaMNIST's phantom in other pictures, with a shift of its own for each set.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from vitask.data import phantom
+from vitask.data.spec import PARTS, Dataset, DatasetSpec, Split, ids
+
+Labelled = list[tuple[Path, int, str]]  # file, grade, part ("" where the set has none)
+SHARES = (0.6, 0.1, 0.3)  # of train, val, test where the set itself has no parts
+ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".JPG")
+SAME_AS_TEST = {"IDRiD_118"}
+
+
+def names(source: str, roots: Sequence[Path]) -> tuple[str, ...]:
+    """The sets that lie in the roots; phantom has all of them but MESSIDOR."""
+    if source == "phantom":
+        return tuple(SHIFTS)
+    return tuple(name for name in READERS if _folder(name, roots) is not None)
+
+
+def load(
+    name: str, retina: DatasetSpec, *, source: str, roots: Sequence[Path], size: int
+) -> Dataset:
+    """One external set, described as RetinaMNIST is; ValueError says what is missing."""
+    if source == "phantom":
+        return _phantom(name, retina)
+    folder = _folder(name, roots)
+    if folder is None:
+        looked = ", ".join(map(str, roots)) or "no data root"
+        raise ValueError(f"no folder {name!r} in {looked}; expected the set's published files")
+    labelled = READERS[name](folder)
+    if not labelled:
+        raise ValueError(f"{folder} holds no labelled image of {name}")
+    labelled = _divided(labelled, name)
+    digest, splits = hashlib.md5(usedforsecurity=False), {}
+    for part in PARTS:
+        mine = [(path, grade) for path, grade, own in labelled if own == part]
+        images = np.stack([_square(path, size) for path, _ in mine])
+        labels = np.array([grade for _, grade in mine], dtype=np.int64)
+        files = np.array([f"{name}/{part}/{path.stem}" for path, _ in mine], dtype=np.str_)
+        splits[part] = Split(images, labels, files)
+        digest.update(images.tobytes() + labels.tobytes())
+    spec = replace(
+        retina,
+        name=name,
+        n_samples={part: len(split) for part, split in splits.items()},
+        license="the publisher's own",
+        source="vitask/data/external.py",
+    )
+    return Dataset(spec, splits, size, "external", digest.hexdigest(), True)
+
+
+def _folder(name: str, roots: Sequence[Path]) -> Path | None:
+    return next((Path(root) / name for root in roots if (Path(root) / name).is_dir()), None)
+
+
+# One reader a set: folder -> files, grades, parts
+
+
+def _aptos(folder: Path) -> Labelled:
+    table = _table(folder / "train.csv", ("id_code", "diagnosis"))
+    return [
+        (_image(folder / "train_images", str(row.id_code)), int(row.diagnosis), "")
+        for row in table.itertuples()
+    ]
+
+
+def _idrid(folder: Path) -> Labelled:
+    inner = folder / "B. Disease Grading"
+    found: Labelled = []
+    for part, letter, images, labels in (
+        ("train", "a", "a. Training Set", "Training Labels"),
+        ("test", "b", "b. Testing Set", "Testing Labels"),
+    ):
+        file = inner / "2. Groundtruths" / f"{letter}. IDRiD_Disease Grading_{labels}.csv"
+        table = _table(file, ("Image name", "Retinopathy grade"))
+        for name, grade in zip(table["Image name"], table["Retinopathy grade"], strict=True):
+            if part == "test" or name not in SAME_AS_TEST:
+                place = inner / "1. Original Images" / images
+                found.append((_image(place, str(name)), int(grade), part))
+    return found
+
+
+def _messidor2(folder: Path) -> Labelled:
+    columns = ("image_id", "adjudicated_dr_grade", "adjudicated_gradable")
+    table = _table(folder / "messidor_data.csv", columns)
+    table = table[table["adjudicated_gradable"].astype(int) == 1]
+    return [
+        (_image(folder / "images", Path(str(row.image_id)).stem), int(row.adjudicated_dr_grade), "")
+        for row in table.itertuples()
+    ]
+
+
+def _messidor(folder: Path) -> Labelled:
+    table = _table(folder / "annotations.csv", ("Image name", "Retinopathy grade"))
+    rows = zip(table["Image name"], table["Retinopathy grade"], strict=True)
+    return [(_image(folder / "images", Path(str(n)).stem), int(grade), "") for n, grade in rows]
+
+
+READERS: dict[str, Callable[[Path], Labelled]] = {
+    "aptos2019": _aptos,
+    "idrid": _idrid,
+    "messidor2": _messidor2,
+    "messidor": _messidor,
+}
+
+
+def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A CSV by its column names, whose stray blanks are cut off; rows without a grade are none."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; expected a CSV with {', '.join(columns)}")
+    table = pd.read_csv(path)
+    table.columns = [str(column).strip() for column in table.columns]
+    if lacking := [column for column in columns if column not in table.columns]:
+        raise ValueError(f"{path} lacks the column(s) {lacking}; it has {list(table.columns)}")
+    return table.dropna(subset=list(columns))
+
+
+def _image(folder: Path, stem: str) -> Path:
+    for ending in ENDINGS:
+        path = folder / f"{stem}{ending}"
+        if path.is_file():
+            return path
+    raise ValueError(f"{folder} has no image {stem!r}; expected one of {', '.join(ENDINGS)}")
+
+
+def _divided(labelled: Labelled, name: str) -> Labelled:
+    """Every image in a part: the set's own, val out of train, or by a fixed seed."""
+    rng = np.random.default_rng(list(name.encode()))
+    own = any(part for _, _, part in labelled)
+    parts = [part for _, _, part in labelled]
+    grades = np.array([grade for _, grade, _ in labelled])
+    free = np.array([part != "test" for part in parts])
+    shares = (1 - SHARES[1], SHARES[1], 0.0) if own else SHARES
+    for grade in np.unique(grades):
+        members = rng.permutation(np.flatnonzero(free & (grades == grade)))
+        cuts = np.round(np.cumsum(shares)[:2] * len(members)).astype(int)
+        for part, chosen in zip(PARTS, np.split(members, cuts), strict=True):
+            for place in chosen:
+                parts[place] = part
+    return [(path, g, part) for (path, g, _), part in zip(labelled, parts, strict=True)]
+
+
+def _square(path: Path, size: int) -> np.ndarray:
+    """The centre square of a photograph, uint8 (size, size, 3)."""
+    with Image.open(path) as image:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        cut = image.convert("RGB").resize(
+            (size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)
+        )
+        return np.asarray(cut)
+
+
+# Phantom: other pictures of the same marks, seen by another camera
+
+SHIFTS: dict[str, tuple[tuple[float, float, float], float, tuple[int, int, int]]] = {
+    "aptos2019": ((0.9, 1.0, 1.1), 0.85, (90, 20, 90)),  # colour, contrast, images
+    "idrid": ((1.1, 0.9, 0.8), 0.7, (80, 20, 80)),
+    "messidor2": ((0.8, 0.8, 0.8), 1.0, (70, 20, 70)),
+}
+
+
+def _phantom(name: str, retina: DatasetSpec) -> Dataset:
+    colour, contrast, sizes = SHIFTS[name]
+    made = phantom.make(retina.name, sizes)
+    splits = {}
+    for part, split in made.splits.items():
+        pixels = 128 + contrast * (split.images.astype(float) - 128)
+        seen = np.clip(pixels * np.array(colour), 0, 255).round().astype(np.uint8)
+        splits[part] = Split(seen, split.labels, ids(name, part, len(split)))
+    spec = replace(retina, name=name, source=f"{retina.source}, shifted")
+    return Dataset(spec, splits, made.size, "phantom", made.md5, True)
