@@ -153,12 +153,17 @@ def _run(wanted: Sequence[str], plan: "Plan", *, resume: bool, fresh: bool) -> d
     from bench.plan import Job, specs_of
     from bench.progress import Progress, Scaled
     from bench.record import command_line
+    from bench.suites import suite
 
     logging.disable_progress_bar()  # one progress display is enough: ours
     failed: dict[str, str] = {}
     jobs: list[Job] = []
     loaded: dict[Any, Any] = {}  # data that suites share
     for name in wanted:
+        lacking = getattr(suite(name), "unavailable", lambda plan: None)(plan)
+        if lacking and len(wanted) > 1:
+            typer.echo(f"{name} is left out: {lacking}", err=True)
+            continue
         try:
             jobs.append(Job.of(name, plan, loaded))
         except Exception as error:
@@ -277,6 +282,30 @@ def verify(
         typer.echo(text, err=True)
     if found:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+@clean
+def compare(
+    method: Annotated[str, typer.Argument(help="A method of the suite.")],
+    reference: Annotated[str, typer.Argument(help="The method it is compared with.")],
+    folders: Annotated[list[Path] | None, typer.Argument(help="Runs; default: all.")] = None,
+    suite: Annotated[str, typer.Option(help="Whose methods they are.")] = "main",
+    out: Out = Path("leaderboards"),
+) -> None:
+    """Difference of two methods on the same images, with its interval and p-value."""
+    from bench import compare as comparison
+    from bench import runs
+    from bench.suites import SUITES
+
+    _known("suite", suite, SUITES)
+    found = [folder for folder in _runs(folders, out) if suite in runs.read_manifest(folder)]
+    if not found:
+        raise ValueError(f"no run of suite {suite!r} in {out}; run it first, or give --out")
+    for folder in found:
+        frame = comparison.compare(folder, runs.read_records(folder, suite), method, reference)
+        typer.echo(f"{folder}: {method} against {reference}")
+        typer.echo(frame.to_string(index=False, float_format="{:.3f}".format))
 
 
 @app.command()

@@ -96,6 +96,8 @@ def _table(frame: pd.DataFrame, metric: str, methods: Sequence[str]) -> str:
 def _cell(row: dict[str, Any]) -> str:
     if pd.isna(row["mean"]):
         return "–"
+    if abs(row["mean"]) >= 1000:
+        return f"{row['mean']:,.0f}"
     text = f"{row['mean']:.3f}"
     if not pd.isna(row["sd"]):
         text += f" ± {row['sd']:.3f}"

@@ -20,7 +20,7 @@ from bench.stats import (
     resampled,
     swaps,
 )
-from bench.suites import Suite, reference_of, suite
+from bench.suites import Rows, reference_of, suite
 from vitask.data.spec import DatasetSpec
 
 COLUMNS = (
@@ -36,10 +36,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def tabulate(
-    folder: Path, records: Sequence[Record], specs: Mapping[str, DatasetSpec]
+    folder: Path,
+    records: Sequence[Record],
+    specs: Mapping[str, DatasetSpec],
+    module: Rows | None = None,
 ) -> pd.DataFrame:
-    """The long table of a suite's records; their samples lie in the same folder."""
-    module = suite(records[0].suite)
+    """The long table of a suite's records; their samples lie in the same folder.
+
+    module: methods and references, if not the suite's own
+    """
+    module = module or suite(records[0].suite)
     samples = {r.name: read_samples(folder / "samples" / f"{r.name}.parquet") for r in records}
     images = list(records[0].data)  # datasets whose test images are answered
     others = dict.fromkeys(n for r in records for n in _values(r) if n not in images)
@@ -110,7 +116,7 @@ def _scored(record: Record, spec: DatasetSpec, sample: Samples) -> Scored:
     return scored(spec, sample.labels, sample.prediction, answers)
 
 
-def _resample(name: str, cells: dict[str, _Cell], groups: np.ndarray | None, module: Suite) -> None:
+def _resample(name: str, cells: dict[str, _Cell], groups: np.ndarray | None, module: Rows) -> None:
     """Bootstrap every method with the same indices; permute against its reference."""
     answered = {method: cell for method, cell in cells.items() if cell.seeds}
     count = len(next(iter(answered.values())).seeds[0].labels)
@@ -122,7 +128,7 @@ def _resample(name: str, cells: dict[str, _Cell], groups: np.ndarray | None, mod
             cell.permuted = permuted_differences(cell.seeds, answered[reference].seeds, swap)
 
 
-def _average(found: dict[str, dict[str, _Cell]], module: Suite) -> dict[str, _Cell]:
+def _average(found: dict[str, dict[str, _Cell]], module: Rows) -> dict[str, _Cell]:
     """Mean over the datasets, each resampled and permuted within itself, for methods that
     answer them all."""
     done = {}
@@ -144,7 +150,7 @@ def _average(found: dict[str, dict[str, _Cell]], module: Suite) -> dict[str, _Ce
 
 
 def _frame(
-    found: dict[str, dict[str, _Cell]], first: Record, images: Sequence[str], module: Suite
+    found: dict[str, dict[str, _Cell]], first: Record, images: Sequence[str], module: Rows
 ) -> pd.DataFrame:
     rows = []
     p_holm = _adjusted(found, images, module)
@@ -178,7 +184,7 @@ def _frame(
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _difference(cells: dict[str, _Cell], method: str, metric: str, module: Suite) -> dict[str, Any]:
+def _difference(cells: dict[str, _Cell], method: str, metric: str, module: Rows) -> dict[str, Any]:
     """Paired difference to the reference, on the same resamples."""
     reference, cell = cells.get(reference_of(module, method) or ""), cells[method]
     if reference is None or metric not in reference.points:
@@ -194,7 +200,7 @@ def _difference(cells: dict[str, _Cell], method: str, metric: str, module: Suite
 
 
 def _adjusted(
-    found: dict[str, dict[str, _Cell]], images: Sequence[str], module: Suite
+    found: dict[str, dict[str, _Cell]], images: Sequence[str], module: Rows
 ) -> dict[tuple[str, str, str], float]:
     """p by permutation, Holm over the datasets for each method and metric; the average's is one
     test of its own."""

@@ -16,6 +16,7 @@ and, where the defaults do not fit:
 STUDY       True: the suite runs at the size of the recipe's study, not of the recipe itself
 trained_on(plan) -> names
             the sets that are trained on, if not the study's
+unavailable(plan) -> what it lacks here, or None; `--all` then leaves it out and says so
 evaluated(plan, datasets) -> datasets
             the sets that are scored, if not those that are trained on
 TABLES      metric -> title: the tables of its page
@@ -99,11 +100,16 @@ class Context:
         return self.folder / "checkpoints"
 
 
-class Suite(Protocol):
-    """A module of this package, as the docstring above describes it."""
+class Rows(Protocol):
+    """The rows of a table, and what they are compared with."""
 
     METHODS: dict[str, str]
     REFERENCE: str | Mapping[str, str] | None
+
+
+class Suite(Rows, Protocol):
+    """A module of this package, as the docstring above describes it."""
+
     PUBLISHED: str | None
     PUBLISHED_NOTE: str
 
@@ -151,7 +157,7 @@ def suite(name: str) -> Suite:
     return cast(Suite, import_module(SUITES[name]))
 
 
-def reference_of(module: Suite, method: str) -> str | None:
+def reference_of(module: Rows, method: str) -> str | None:
     """The method that this one is compared with; None for none, and for the reference itself."""
     reference = module.REFERENCE
     if isinstance(reference, Mapping):

@@ -46,17 +46,25 @@ def trained_on(plan: "Plan") -> tuple[str, ...]:
     return (TRAINED,)
 
 
+def unavailable(plan: "Plan") -> str | None:
+    from vitask.data import external
+
+    if external.names(plan.source, plan.roots):
+        return None
+    looked = ", ".join(map(str, plan.roots)) or "no data root"
+    return (
+        f"none of the folders {', '.join(external.READERS)} lies in {looked}; "
+        "vitask/data/external.py says what they hold"
+    )
+
+
 def evaluated(plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
     """The external sets that lie in the data roots."""
     from vitask.data import external
 
+    if lacking := unavailable(plan):
+        raise ValueError(f"suite external: {lacking}")
     found = external.names(plan.source, plan.roots)
-    if not found:
-        looked = ", ".join(map(str, plan.roots)) or "no data root"
-        raise ValueError(
-            f"suite external: none of the folders {', '.join(external.READERS)} lies in {looked}; "
-            "vitask/data/external.py says what they hold"
-        )
     size, retina = plan.recipe.source_size, datasets[TRAINED].spec
     return {
         name: external.load(name, retina, source=plan.source, roots=plan.roots, size=size)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bench import runs, table
+from bench.compare import compare
 from bench.official import write_official
 from bench.plan import Job, plan_of, specs_of
 from bench.progress import Progress
@@ -250,3 +251,20 @@ def test_verify_sees_a_forged_metric(finished):
     records[0].metrics["retinamnist"]["accuracy"] = 0.99
     records[0].write(plan.folder)
     assert "0.99 in the record" in problems(plan)[0]
+
+
+def test_two_methods_compare_as_the_table_does(finished):
+    plan, records = finished
+    table = pd.read_csv(plan.folder / "cheap.csv")
+    found = compare(plan.folder, records, "noisy", "vanilla")
+    for row in found.itertuples():
+        same = (table.dataset == row.dataset) & (table.metric == row.metric)
+        theirs = table[same & (table.method == "noisy")].iloc[0]
+        assert row.difference == pytest.approx(theirs.diff_to_vanilla, abs=1e-6)
+        assert found["p (Holm)"][row.Index] == pytest.approx(theirs.p_holm, abs=1e-6)
+    turned = compare(plan.folder, records, "vanilla", "noisy")
+    assert turned.difference.to_numpy() == pytest.approx(-found.difference.to_numpy())
+    with pytest.raises(ValueError, match=r"no method 'nosy'; did you mean noisy"):
+        compare(plan.folder, records, "nosy", "vanilla")
+    with pytest.raises(ValueError, match="twice"):
+        compare(plan.folder, records, "noisy", "noisy")
