@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kernels import (
     IGNORE_INDEX,
@@ -63,13 +64,19 @@ Peer = dict[str, Loss]  # operation -> loss; operations that it cannot do are le
 
 def peers(device: str) -> tuple[dict[str, Peer], dict[str, str]]:
     """Implementations by name, and those that are missing here with the reason."""
-    found: dict[str, Peer] = {"ours": OURS, "eager": EAGER, "eager_shared": EAGER_SHARED}
+    found: dict[str, Peer] = {
+        "ours": OURS,
+        "eager": EAGER,
+        "eager_shared": EAGER_SHARED,
+        "eager_functional": FUNCTIONAL,
+    }
     missing: dict[str, str] = {}
     if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        missing["compile"] = "torch.compile needs a C++ compiler here"
+        missing["compile"] = missing["compile_functional"] = "no C++ compiler for torch.compile"
     else:
         found["compile"] = {name: _compiled(loss) for name, loss in EAGER_SHARED.items()}
-    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        found["compile_functional"] = {name: _compiled(f) for name, f in FUNCTIONAL.items()}
+    if hasattr(functional, "linear_cross_entropy"):
         found["torch_linear_cross_entropy"] = _torch_linear()
     else:
         missing["torch_linear_cross_entropy"] = f"not in torch {torch.__version__}"
@@ -144,6 +151,38 @@ EAGER: Peer = {
 EAGER_SHARED: Peer = EAGER | {"vitask": _shared_vitask}
 
 
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def _functional_rda(x: Inputs) -> Tensor:
+    with torch.no_grad():
+        log_q = _logits(x.exemplar, x.weight).log_softmax(-1)
+    return _kl(_logits(x.hidden, x.weight).log_softmax(-1), log_q)
+
+
+def _functional_crt(x: Inputs) -> Tensor:
+    difference = _logits(x.hidden, x.weight) - _logits(x.negative, x.weight)
+    return functional.cross_entropy(difference, x.labels)
+
+
+def _functional_vitask(x: Inputs) -> Tensor:
+    """Logits and log-softmaxes of each branch once."""
+    a, b, n = (_logits(h, x.weight) for h in (x.hidden, x.exemplar, x.negative))
+    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+    answers = functional.nll_loss(log_p, x.labels) + functional.nll_loss(log_q, x.labels)
+    return answers + _kl(log_p, log_q.detach()) + functional.cross_entropy(a - n, x.labels)
+
+
+# PyTorch's own losses; they count no ignored rows for the KL, so there are none here.
+FUNCTIONAL: Peer = {
+    "cross_entropy": lambda x: functional.cross_entropy(_logits(x.hidden, x.weight), x.labels),
+    "rda": _functional_rda,
+    "crt": _functional_crt,
+    "vitask": _functional_vitask,
+}
+
+
 def _compiled(loss: Loss) -> Loss:
     compiled = torch.compile(lambda *x: loss(Inputs(*x)), dynamic=False, fullgraph=True)
     return lambda x: compiled(*x)
@@ -154,7 +193,7 @@ def _torch_linear() -> Peer:
     options = torch.nn.LinearCrossEntropyOptions()
 
     def cross_entropy(hidden: Tensor, x: Inputs) -> Tensor:
-        return torch.nn.functional.linear_cross_entropy(
+        return functional.linear_cross_entropy(
             hidden, x.weight, x.labels, ignore_index=IGNORE_INDEX, options=options
         )
 

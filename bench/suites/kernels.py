@@ -2,8 +2,9 @@
 
 Hidden rows of the response positions only; the head is frozen. `forward` runs with gradients
 wanted, as in training; `both` is forward and backward. Ours computes its gradients in the forward
-pass. `eager` makes logits for each loss, `eager_shared` once for all losses, `compile` is
-`eager_shared` under torch.compile with static shapes. share_of_limit = time of the bare products
+pass. `eager` makes logits for each loss, `eager_shared` once for all losses, `eager_functional` also each
+log-softmax once, with PyTorch's own losses; `compile` and `compile_functional` are the last two
+under torch.compile with static shapes. share_of_limit = time of the bare products
 (and, on CUDA, of moving the row kernels' bytes once) divided by the time of `both`; the products
 run in the same rounds.
 """
@@ -220,6 +221,8 @@ def targets(rows: list[dict[str, Any]], device: str) -> list[tuple[str, str, boo
     own = CPU_TARGET if device == "cpu" else (0, 0)
     done.append(ratio(f"1.5 × eager_shared {cpu}", "eager_shared", own, 1.5))
     done.append(ratio(f"1.2 × compile {cpu}", "compile", own, 1.2))
+    done.append(ratio(f"no target: eager_functional {cpu}", "eager_functional", own, 1.0))
+    done.append(ratio(f"no target: compile_functional {cpu}", "compile_functional", own, 1.0))
     done.append(
         ratio(f"0.2 of the peak memory of eager_shared {cpu}", "eager_shared", own, 0.2,
               quantity="peak_mib", most=True)

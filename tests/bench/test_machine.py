@@ -56,7 +56,7 @@ def test_memory_is_what_a_call_holds_at_most():
     assert speed.peak_mib(call, DEVICE) == pytest.approx(8, rel=0.1)
 
 
-@pytest.mark.parametrize("implementation", ["ours", "eager", "eager_shared"])
+@pytest.mark.parametrize("implementation", ["ours", "eager", "eager_shared", "eager_functional"])
 @pytest.mark.parametrize("operation", peers.OPERATIONS)
 def test_implementations_compute_the_same_loss_and_gradient(implementation, operation):
     inputs = peers.Inputs.random(9, 8, 50, torch.float32, "cpu")
@@ -70,7 +70,7 @@ def test_implementations_compute_the_same_loss_and_gradient(implementation, oper
 def test_every_peer_is_there_or_missing_with_a_reason():
     found, missing = peers.peers(DEVICE)
     assert not set(found) & set(missing)
-    named = {"ours", "eager", "eager_shared", "compile", "torch_linear_cross_entropy", "liger",
+    named = {"ours", "eager", "eager_shared", "eager_functional", "compile", "compile_functional", "torch_linear_cross_entropy", "liger",
              "liger_one_chunk", "cce"}  # fmt: skip
     assert set(found) | set(missing) == named
     assert all(missing.values())
@@ -88,7 +88,8 @@ def quick(monkeypatch):
 
     def without_compiling(device):
         found, missing = real(device)
-        found.pop("compile", None)
+        for name in ("compile", "compile_functional"):
+            found.pop(name, None)
         return found, missing | {"compile": "left out of this test"}
 
     monkeypatch.setattr(kernels, "peers", without_compiling)

@@ -14,8 +14,8 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SHAPES = [(512, 128, 1088), (128, 512, 32_000)]  # rows, hidden, vocabulary
 if DEVICE == "cuda":
     SHAPES.append((512, 896, 151_674))
-NAMES = ("ours", "eager", "eager_shared", "compile", "torch_linear_cross_entropy",
-         "liger", "liger_one_chunk", "cce")  # fmt: skip
+NAMES = ("ours", "eager", "eager_shared", "eager_functional", "compile", "compile_functional",
+         "torch_linear_cross_entropy", "liger", "liger_one_chunk", "cce")  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
