@@ -83,6 +83,9 @@ def run(
         bool, typer.Option("--fresh", help="Throw away what is there, unfinished work too.")
     ] = False,
     allow_unverified: Unverified = "",
+    trace: Annotated[
+        Path | None, typer.Option(help="With suite step: a torch.profiler trace goes here.")
+    ] = None,
 ) -> None:
     """Run suites. A run that was interrupted continues; its results are on disk as they come.
 
@@ -101,7 +104,7 @@ def run(
     for name in wanted:
         _known("suite", name, (*SUITES, *MACHINE_SUITES))
     for name in [name for name in wanted if name in MACHINE_SUITES]:
-        _measure(name, out)
+        _measure(name, out, trace)
         wanted.remove(name)
     if not wanted:
         return
@@ -132,7 +135,7 @@ def run(
         raise typer.Exit(FAILED)
 
 
-def _measure(name: str, out: Path) -> None:
+def _measure(name: str, out: Path, trace: Path | None) -> None:
     """A suite that measures this machine; it needs no data, recipe or seed."""
     from bench.machine import run_machine_suite
     from bench.record import command_line
@@ -140,7 +143,8 @@ def _measure(name: str, out: Path) -> None:
     def note(text: str) -> None:
         typer.echo(text, err=True)
 
-    written = run_machine_suite(name, out, command=command_line((), out), note=note)
+    command = command_line((), out)
+    written = run_machine_suite(name, out, command=command, note=note, trace=trace)
     note(f"{name}: wrote {', '.join(map(str, written))}")
 
 

@@ -18,12 +18,17 @@ LIBRARIES = ("torch", "triton", "transformers", "peft", "liger-kernel", "cut-cro
 
 
 def run_machine_suite(
-    name: str, out: Path, *, command: str, note: Callable[[str], None]
+    name: str,
+    out: Path,
+    *,
+    command: str,
+    note: Callable[[str], None],
+    trace: Path | None = None,
 ) -> list[Path]:
     """Measure, then write the three files; returns them."""
     module = machine_suite(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    measured = module.measure(device, note)
+    measured = module.measure(device, note, trace)
     stamp = {
         "suite": name,
         "device": device_name(),

@@ -26,7 +26,7 @@ figures(frame), plots(records) -> file name -> SVG text
 
 A machine suite measures the machine that it runs on, needs no data, and is no part of `--all`:
 
-measure(device, note) -> Measured
+measure(device, note, trace) -> Measured
             rows of its table, what is missing, and what came out beside the targets
 
 Modules are imported when they are needed: the command line lists them without torch.
@@ -142,7 +142,9 @@ class MachineSuite(Protocol):
     COLUMNS: tuple[str, ...]
 
     @staticmethod
-    def measure(device: str, note: Callable[[str], None]) -> Measured: ...
+    def measure(
+        device: str, note: Callable[[str], None], trace: Path | None = None
+    ) -> Measured: ...
 
 
 def machine_suite(name: str) -> MachineSuite:

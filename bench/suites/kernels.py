@@ -2,14 +2,15 @@
 
 Hidden rows of the response positions only; the head is frozen. `forward` runs with gradients
 wanted, as in training; `both` is forward and backward. Ours computes its gradients in the forward
-pass. `eager` makes logits for each loss, `eager_shared` once for all losses, `eager_functional` also each
-log-softmax once, with PyTorch's own losses; `compile` and `compile_functional` are the last two
-under torch.compile with static shapes. share_of_limit = time of the bare products
+pass. `eager` makes logits for each loss, `eager_shared` once for all losses, `eager_functional`
+also each log-softmax once, with PyTorch's own losses; `compile` and `compile_functional` are the
+last two under torch.compile with static shapes. share_of_limit = time of the bare products
 (and, on CUDA, of moving the row kernels' bytes once) divided by the time of `both`; the products
 run in the same rounds.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +44,10 @@ def shapes(device: str) -> Iterator[tuple[torch.dtype, int, int, int]]:
             yield dtype, rows, hidden, vocab
 
 
-def measure(device: str, note: Callable[[str], None]) -> Measured:
+def measure(device: str, note: Callable[[str], None], trace: Path | None = None) -> Measured:
     """All operations at all shapes."""
+    if trace is not None:
+        raise ValueError("suite kernels writes no trace; --trace goes with the suite step")
     found, missing = peers(device)
     rows: list[dict[str, Any]] = []
     notes: dict[str, Any] = {"relative error of the loss and of its gradient": errors(device)}

@@ -13,6 +13,7 @@ tokens are those that the language model reads.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ ON = {"cpu": (("pocket", 16), ("mid", 8)), "cuda": (
 )}  # fmt: skip
 
 
-def measure(device: str, note: Callable[[str], None]) -> Measured:
-    """All variants at all shapes that the device can hold."""
+def measure(device: str, note: Callable[[str], None], trace: Path | None = None) -> Measured:
+    """All variants at all shapes; `trace`: file for a profile of the last shape's stage-2 step."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows: list[dict[str, Any]] = []
     notes: dict[str, Any] = {}
@@ -74,7 +75,7 @@ def measure(device: str, note: Callable[[str], None]) -> Measured:
         bench = Bench(SHAPES[name], batch, dtype, device)
         same = {"device": device, "dtype": str(dtype).removeprefix("torch."), "shape": name}
         rows += [same | {"batch": batch} | row for row in bench.rows()]
-        notes[f"where shared_stage2 goes, {name}, batch {batch}"] = bench.profile()
+        notes[f"where shared_stage2 goes, {name}, batch {batch}"] = bench.profile(trace)
     missing = {}
     if device == "cpu":
         missing["CUDA"] = "not measured: no GPU here; `python -m bench run step` on one does it"
@@ -226,7 +227,7 @@ class Bench:
             peak = peak_mib(variants[name], self.device)
             yield same | {"quantity": "peak_mib", "value": peak}
 
-    def profile(self, trace: str | None = None) -> list[str]:
+    def profile(self, trace: Path | None = None) -> list[str]:
         """Where a step of stage 2 goes: operations by their own time. `trace`: file to write."""
         activities = [ProfilerActivity.CPU]
         if self.device == "cuda":
@@ -235,7 +236,7 @@ class Bench:
         with profile(activities=activities) as profiler:
             step()
         if trace is not None:
-            profiler.export_chrome_trace(trace)
+            profiler.export_chrome_trace(str(trace))
         events = profiler.key_averages()
 
         def own(event: Any) -> float:

@@ -70,8 +70,10 @@ def test_implementations_compute_the_same_loss_and_gradient(implementation, oper
 def test_every_peer_is_there_or_missing_with_a_reason():
     found, missing = peers.peers(DEVICE)
     assert not set(found) & set(missing)
-    named = {"ours", "eager", "eager_shared", "eager_functional", "compile", "compile_functional", "torch_linear_cross_entropy", "liger",
-             "liger_one_chunk", "cce"}  # fmt: skip
+    named = {
+        "ours", "eager", "eager_shared", "eager_functional", "compile", "compile_functional",
+        "torch_linear_cross_entropy", "liger", "liger_one_chunk", "cce",
+    }  # fmt: skip
     assert set(found) | set(missing) == named
     assert all(missing.values())
 
@@ -120,6 +122,14 @@ def test_a_machine_suite_leaves_its_three_files(name, quick, tmp_path):
         assert any(reached is None for *_, reached in noted["targets"])
         assert "not measured" in page.read_text()
     assert said
+
+
+def test_a_trace_is_written_on_request(quick, tmp_path):
+    trace = tmp_path / "trace.json"
+    step.measure(DEVICE, lambda text: None, trace)
+    assert json.loads(trace.read_text())["traceEvents"]
+    with pytest.raises(ValueError, match="goes with the suite step"):
+        kernels.measure(DEVICE, lambda text: None, trace)
 
 
 def test_columns_are_the_contracts():

@@ -118,6 +118,14 @@ def test_only_adapters_and_connector_change(recipe, tiny_datasets, tsm, tuned):
     assert all(v.abs().sum() > 0 for v in lora)
 
 
+def test_shared_and_three_forwards_train_alike(recipe, tiny_datasets, tsm):
+    """The same run by either step: what rounding leaves after an epoch, and nothing more."""
+    small = replace(recipe, learning_rate=1e-4)
+    logs = [run(replace(small, step=step), tiny_datasets, tsm)[1] for step in ("shared", "three")]
+    for ours, theirs in zip(logs[0].losses, logs[1].losses, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
 def test_the_connector_stops_training_at_stage_2(recipe, tiny_datasets, tsm, monkeypatch):
     made = []
 
