@@ -4,7 +4,7 @@ A model is kept under `checkpoints/` and found again by what made it (recipe, se
 versions), never by its name: two suites that need the same model train it once.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -224,23 +224,48 @@ class Work:
     # Predictions for the test parts
 
     def predict(
-        self,
-        model: VITask,
-        exemplar: Features | None = None,
-        *,
-        write: bool = True,
+        self, model: VITask, exemplar: Features | None = None, *, write: bool = True
     ) -> list[Prediction]:
         """Constrained scores and generated answers for every test image of every dataset."""
-        done = []
+        return self._predictions(model, (exemplar,), write)[0]
+
+    def both_ways(
+        self,
+        tuned: Tuned,
+        methods: tuple[str, str],
+        wanted: Collection[str],
+        *,
+        write: bool = True,
+    ) -> Iterator[Outcome]:
+        """The wanted ones of two methods, one model answering without and with its exemplar.
+
+        Where both are wanted, one pass scores them.
+        """
+        ways = dict(zip(methods, (None, tuned.exemplar), strict=True))
+        asked = {method: way for method, way in ways.items() if method in wanted}
+        found = self._predictions(tuned.model, tuple(asked.values()), write)
+        for method, predictions in zip(asked, found, strict=True):
+            yield self.answers(method, predictions, tuned.note)
+
+    def _predictions(
+        self, model: VITask, ways: Sequence[Features | None], write: bool
+    ) -> list[list[Prediction]]:
+        """For each way, without (None) or with these exemplar features: all datasets."""
         image = self.image
         if model.recipe.trained != "adapters":
             image = self.shown(model.vlm, model.recipe)
+        done: list[list[Prediction]] = [[] for _ in ways]
         for name in self.context.evaluated:
-            features = None if exemplar is None else exemplar(name, "test")
-            tokens = model.tokens(model.seen(image(name, "test")), features)
-            log_p = model.score(name, tokens)
-            written = model.write(name, tokens) if write else None
-            done.append(Prediction(name, "candidates", log_p, written))
+            seen = model.seen(image(name, "test"))
+            features = [None if way is None else way(name, "test") for way in ways]
+            tokens = [model.tokens(seen, one) for one in features]
+            if len(ways) == 2 and features[0] is None and features[1] is not None:
+                scores = [*model.score_both(name, seen, features[1])]
+            else:
+                scores = [model.score(name, one) for one in tokens]
+            for way, (log_p, one) in enumerate(zip(scores, tokens, strict=True)):
+                written = model.write(name, one) if write else None
+                done[way].append(Prediction(name, "candidates", log_p, written))
         return done
 
     def classify(self, tsm: TSM) -> list[Prediction]:

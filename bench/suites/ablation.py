@@ -63,7 +63,5 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
         if not set(methods.values()) & set(wanted):
             continue
         tuned = work.tuned(recipe, specialist, name=name)
-        for with_exemplar, method in methods.items():
-            if method in wanted:
-                exemplar = tuned.exemplar if with_exemplar else None
-                yield work.answers(method, work.predict(tuned.model, exemplar), tuned.note)
+        pair = (methods.get(False, ""), methods.get(True, ""))
+        yield from work.both_ways(tuned, pair, wanted)

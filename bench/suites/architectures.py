@@ -59,7 +59,5 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
             yield work.answers(f"{name}_tsm", predictions, specialist.note)
         if asked & {"without_ep", "with_ep"}:
             tuned = work.tuned(recipe, specialist, name="vitask" if own else f"vitask-{name}")
-            for kind, exemplar in (("without_ep", None), ("with_ep", tuned.exemplar)):
-                if kind in asked:
-                    predictions = work.predict(tuned.model, exemplar)
-                    yield work.answers(f"{name}_{kind}", predictions, tuned.note)
+            pair = (f"{name}_without_ep", f"{name}_with_ep")
+            yield from work.both_ways(tuned, pair, wanted)

@@ -88,9 +88,7 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
         yield _chosen(work, "ensemble", *_ensemble(work, vanilla, specialist.model))
     if {"vitask_without_ep", "vitask_with_ep"} & set(wanted):
         tuned = work.tuned(recipe, specialist, name="vitask")
-        for method, features in (("vitask_without_ep", None), ("vitask_with_ep", tuned.exemplar)):
-            if method in wanted:
-                yield work.answers(method, work.predict(tuned.model, features), tuned.note)
+        yield from work.both_ways(tuned, ("vitask_without_ep", "vitask_with_ep"), wanted)
 
 
 def _same(work: "Work", tsm: Any, count: int) -> Any:

@@ -65,10 +65,8 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
             yield work.answers(f"vanilla_{percent}", predictions, plain.note)
         if asked & {"vitask_without_ep", "vitask_with_ep"}:
             tuned = work.tuned(recipe, specialist, name=f"vitask{end}", datasets=datasets)
-            for kind, exemplar in (("vitask_without_ep", None), ("vitask_with_ep", tuned.exemplar)):
-                if kind in asked:
-                    predictions = work.predict(tuned.model, exemplar)
-                    yield work.answers(f"{kind}_{percent}", predictions, tuned.note)
+            pair = (f"vitask_without_ep_{percent}", f"vitask_with_ep_{percent}")
+            yield from work.both_ways(tuned, pair, wanted)
 
 
 def _part(datasets: "dict[str, Dataset]", percent: int) -> "dict[str, Dataset]":

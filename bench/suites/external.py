@@ -5,6 +5,7 @@ in the place of the first; nothing else is tuned. `referable_auc` is the AUC of 
 """
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -81,24 +82,26 @@ def units(recipe: "Recipe") -> float:
 
 
 def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
-    from bench.work import Work
+    from bench.work import Tuned, Work
     from vitask.recipes import vanilla
 
     work, recipe = Work(context, seed), context.recipe
     specialist = work.specialist()
     if "tsm" in wanted:
-        yield _outcome(work, "tsm", work.classify(specialist.model))
+        answered = work.answers("tsm", work.classify(specialist.model), specialist.note)
+        yield _with_referable(work, answered)
     if "vanilla" in wanted:
         plain = work.tuned(vanilla(recipe), name="vanilla")
-        yield _outcome(work, "vanilla", work.predict(_asked(work, plain.model)))
+        answered = work.answers("vanilla", work.predict(_asked(work, plain.model)), plain.note)
+        yield _with_referable(work, answered)
     if {"vitask_without_ep", "vitask_with_ep", "vitask_plug"} & set(wanted):
         tuned = work.tuned(recipe, specialist, name="vitask")
         model = _asked(work, tuned.model)
-        for method, exemplar in (("vitask_without_ep", None), ("vitask_with_ep", tuned.exemplar)):
-            if method in wanted:
-                yield _outcome(work, method, work.predict(model, exemplar))
+        asked = Tuned(model, tuned.note, tuned.exemplar)
+        for answered in work.both_ways(asked, ("vitask_without_ep", "vitask_with_ep"), wanted):
+            yield _with_referable(work, answered)
         if "vitask_plug" in wanted:
-            yield _outcome(work, "vitask_plug", _plugged(work, model))
+            yield _with_referable(work, work.answers("vitask_plug", _plugged(work, model)))
 
 
 def _asked(work: "Work", model: "VITask") -> "VITask":
@@ -123,11 +126,11 @@ def _plugged(work: "Work", model: "VITask") -> "list[Prediction]":
     return done
 
 
-def _outcome(work: "Work", method: str, predictions: "list[Prediction]") -> Outcome:
+def _with_referable(work: "Work", answered: Outcome) -> Outcome:
     from sklearn.metrics import roc_auc_score
 
     values = {}
-    for prediction in predictions:
+    for prediction in answered.predictions:
         labels = work.context.evaluated[prediction.dataset].splits["test"].labels
         log_p = prediction.log_probability
         p = np.exp(log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True))
@@ -135,5 +138,4 @@ def _outcome(work: "Work", method: str, predictions: "list[Prediction]") -> Outc
         if referable.any() and not referable.all():
             auc = roc_auc_score(referable, p[:, REFERABLE:].sum(1))
             values[prediction.dataset] = {"referable_auc": float(auc)}
-    answered = work.answers(method, predictions)
-    return Outcome(method, predictions, answered.extras, values)
+    return replace(answered, values=values)

@@ -62,13 +62,10 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
     if "tsm" in wanted or paired:
         specialist = work.specialist()
         if "tsm" in wanted:
-            curve = {"validation": specialist.note["log"]}
-            yield scored("tsm", work.classify(specialist.model), curve)
+            yield work.answers("tsm", work.classify(specialist.model), specialist.note)
     if "vanilla" in wanted:
         plain = work.tuned(vanilla(recipe), name="vanilla")
-        yield scored("vanilla", work.predict(plain.model), plain.note["log"])
+        yield work.answers("vanilla", work.predict(plain.model), plain.note)
     if paired:
         tuned = work.tuned(recipe, specialist, name="vitask")
-        for method, features in (("vitask_without_ep", None), ("vitask_with_ep", tuned.exemplar)):
-            if method in wanted:
-                yield scored(method, work.predict(tuned.model, features), tuned.note["log"])
+        yield from work.both_ways(tuned, ("vitask_without_ep", "vitask_with_ep"), wanted)

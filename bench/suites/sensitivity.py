@@ -73,7 +73,4 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
             continue
         name = "vitask" if setting == "default" else f"vitask-{setting}"
         tuned = work.tuned(recipe, specialist, name=name)
-        for method, exemplar in ((setting, None), (f"{setting}{WITH}", tuned.exemplar)):
-            if method in wanted:
-                predictions = work.predict(tuned.model, exemplar, write=False)
-                yield work.answers(method, predictions, tuned.note)
+        yield from work.both_ways(tuned, (setting, f"{setting}{WITH}"), wanted, write=False)
