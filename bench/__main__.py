@@ -3,23 +3,31 @@
 Nothing heavy is imported before it is needed, so `--help` and `list` answer at once.
 """
 
-import sys
 import traceback
-from collections.abc import Callable, Collection, Sequence
-from difflib import get_close_matches
-from functools import wraps
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from bench.cli import (
+    FAILED,
+    Out,
+    Roots,
+    UnknownName,
+    Unverified,
+    check_known,
+    clean,
+    is_our_error,
+    must_resolve,
+    split_names,
+)
+from bench.data_commands import data_app
 
 if TYPE_CHECKING:
     from bench.plan import Plan
     from bench.record import Record
     from vitask.data.spec import Dataset
-
-ROOT = Path(__file__).resolve().parents[1]
-FAILED, MISUSED = 1, 2  # exit codes
 
 app = typer.Typer(
     help="VITask: train, measure and compare, from data to leaderboard.",
@@ -28,40 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Fetch and check the data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Roots = Annotated[
-    list[Path] | None,
-    typer.Option("--data-root", help="Folder with .npz files; may be given several times."),
-]
-Out = Annotated[Path, typer.Option("--out", help="Folder of all runs.")]
-Unverified = Annotated[
-    str, typer.Option(help="Official sets whose MD5 may differ, a,b,...; every row then says so.")
-]
-
-
-class UnknownName(ValueError):
-    """A name on the command line that stands for nothing."""
-
-
-def clean(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors that our own boundary raises come as one message, all others with their trace."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except UnknownName as error:
-            _stop(str(error), MISUSED)
-        except (ValueError, FileNotFoundError) as error:
-            if not _ours(error):
-                raise
-            _stop(str(error), FAILED)
-        except KeyboardInterrupt:
-            _stop("interrupted; the same command continues", FAILED)
-
-    return wrapped
 
 
 @app.command()
@@ -102,18 +77,20 @@ def run(
         raise UnknownName("--resume keeps and --fresh throws away: give one of them")
     wanted = list(SUITES) if all_suites else list(dict.fromkeys(suites or []))
     for name in wanted:
-        _known("suite", name, (*SUITES, *MACHINE_SUITES))
+        check_known("suite", name, (*SUITES, *MACHINE_SUITES))
     for name in [name for name in wanted if name in MACHINE_SUITES]:
         _measure(name, out, trace)
         wanted.remove(name)
     if not wanted:
         return
-    _known("recipe", recipe, RECIPES)
-    _known("data source", data, SOURCES)
+    check_known("recipe", recipe, RECIPES)
+    check_known("data source", data, SOURCES)
     roots, chosen = tuple(data_root or ()), RECIPES[recipe]
     own = chosen.datasets(data)
-    names = _in_order(_words(datasets) or own, own)
-    _resolved(lambda: [spec(name, roots=roots) for name in (*names, *_words(allow_unverified))])
+    names = _in_order(split_names(datasets) or own, own)
+    must_resolve(
+        lambda: [spec(name, roots=roots) for name in (*names, *split_names(allow_unverified))]
+    )
     refuse_hub_kernels()
 
     from bench.plan import Plan
@@ -123,7 +100,7 @@ def run(
         source=data,
         names=names,
         roots=roots,
-        allow_unverified=_words(allow_unverified),
+        allow_unverified=split_names(allow_unverified),
         limit=limit,
         out=out,
         seeds=_seeds(seeds),
@@ -202,7 +179,7 @@ def _run(wanted: Sequence[str], plan: "Plan", *, resume: bool, fresh: bool) -> d
 
 def _described(error: Exception) -> str:
     """What went wrong, in a line; the trace of what is not our own boundary's is printed."""
-    if not _ours(error):
+    if not is_our_error(error):
         traceback.print_exception(error)
     return f"{type(error).__name__}: {error}"
 
@@ -274,7 +251,7 @@ def verify(
             plan = plan_of(
                 records[0],
                 roots=data_root or (),
-                allow_unverified=_words(allow_unverified),
+                allow_unverified=split_names(allow_unverified),
                 folder=folder,
             )
             job = Job.of(records[0].suite, plan, loaded)
@@ -302,7 +279,7 @@ def compare(
     from bench import runs
     from bench.suites import SUITES
 
-    _known("suite", suite, SUITES)
+    check_known("suite", suite, SUITES)
     found = [folder for folder in _runs(folders, out) if suite in runs.read_manifest(folder)]
     if not found:
         raise ValueError(f"no run of suite {suite!r} in {out}; run it first, or give --out")
@@ -353,82 +330,6 @@ def predict(
     write_text(output, text)
 
 
-@data_app.command()
-@clean
-def download(
-    root: Annotated[Path, typer.Argument(help="Folder to put the files into.")],
-    datasets: Annotated[str, typer.Option(help="a,b,...; default: all 12.")] = "",
-    size: Annotated[int, typer.Option(help="28, 64, 128 or 224 pixels.")] = 28,
-) -> None:
-    """Fetch official MedMNIST files, checked against their MD5."""
-    from vitask.data import medmnist
-
-    names = _words(datasets) or medmnist.NAMES
-    for name in names:
-        _known("MedMNIST set", name, medmnist.NAMES)
-    root.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        typer.echo(str(medmnist.download(name, size, root)))
-
-
-@data_app.command()
-@clean
-def check(
-    data: Annotated[str, typer.Option(help="phantom | medmnist")] = "medmnist",
-    data_root: Roots = None,
-    datasets: Annotated[str, typer.Option(help="a,b,...; default: what lies in the roots.")] = "",
-    size: Annotated[int, typer.Option(help="Pixels of the source images.")] = 28,
-    allow_unverified: Unverified = "",
-) -> None:
-    """Check files, and report images in two parts and conflicting labels; exit 1 on bad files."""
-    from vitask.data import SOURCES, load, spec
-    from vitask.data.check import duplicates
-
-    _known("data source", data, SOURCES)
-    roots = tuple(data_root or ())
-    names = _words(datasets) or _there(data, roots, size)
-    _resolved(lambda: [spec(name, roots=roots) for name in (*names, *_words(allow_unverified))])
-    bad = 0
-    for name in names:
-        try:
-            found = load(
-                name,
-                source=data,
-                roots=roots,
-                size=size,
-                allow_unverified=_words(allow_unverified),
-            )
-        except ValueError as error:
-            bad += 1
-            typer.echo(f"{name}: {error}", err=True)
-            continue
-        parts = " / ".join(str(len(split)) for split in found.splits.values())
-        note = "" if found.md5_ok else ", NOT the official file"
-        typer.echo(f"{name}: {parts} images, MD5 {found.md5}{note}")
-        for line in duplicates(found).lines():
-            typer.echo(f"  {line}")
-    if bad:
-        raise typer.Exit(FAILED)
-
-
-def _there(source: str, roots: Sequence[Path], size: int) -> tuple[str, ...]:
-    """The datasets that lie in the roots, or all phantoms; ValueError if there are none."""
-    from vitask.data import card, medmnist, names
-
-    if source == "phantom":
-        return names(source)
-    official = [
-        name
-        for name in medmnist.NAMES
-        if any((root / medmnist.file_name(name, size)).is_file() for root in roots)
-    ]
-    found = tuple(dict.fromkeys([*official, *card.names(roots)]))
-    if not found:
-        looked = ", ".join(map(str, roots)) or "no folder: give --data-root"
-        raise ValueError(f"no dataset of {size} pixels found; looked in {looked}")
-    return found
-
-
 def _runs(folders: Sequence[Path] | None, out: Path) -> list[Path]:
     found = list(folders or sorted(path.parent for path in out.glob("*/run.json")))
     for folder in found:
@@ -445,48 +346,16 @@ def _suites(folder: Path) -> "list[list[Record]]":
     return [runs.read_records(folder, name) for name in runs.read_manifest(folder)]
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-
-
 def _seeds(text: str) -> tuple[int, ...]:
-    words = _words(text)
-    if not words or not all(word.isdecimal() for word in words):
+    given = split_names(text)
+    if not given or not all(word.isdecimal() for word in given):
         raise UnknownName(f"--seeds is {text!r}; expected whole numbers such as 0,1,2")
-    return tuple(sorted(int(word) for word in words))
+    return tuple(sorted(int(word) for word in given))
 
 
 def _in_order(names: Collection[str], own: Sequence[str]) -> tuple[str, ...]:
     """The recipe's order first, so that the order on the command line decides nothing."""
     return (*(n for n in own if n in names), *sorted(n for n in names if n not in own))
-
-
-def _known(kind: str, name: str, known: Collection[str]) -> None:
-    if name not in known:
-        near = get_close_matches(name, known) or list(known)
-        raise UnknownName(f"no {kind} {name!r}; did you mean {' or '.join(near)}?")
-
-
-def _resolved(names: Callable[[], object]) -> None:
-    """A dataset that does not exist is a misuse of the command line."""
-    try:
-        names()
-    except ValueError as error:
-        raise UnknownName(str(error)) from error
-
-
-def _ours(error: BaseException) -> bool:
-    """Raised by this project's own code as a boundary error, and so with a message that helps."""
-    if not isinstance(error, ValueError | FileNotFoundError):
-        return False
-    frames = traceback.extract_tb(error.__traceback__)
-    packages = [str(ROOT / name) for name in ("bench", "kernels", "vitask")]
-    return bool(frames) and frames[-1].filename.startswith(tuple(packages))
-
-
-def _stop(message: str, code: int) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    sys.exit(code)
 
 
 if __name__ == "__main__":
