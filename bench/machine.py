@@ -25,30 +25,32 @@ def run_machine_suite(
     note: Callable[[str], None],
     trace: Path | None = None,
 ) -> list[Path]:
-    """Measure, then write the three files; returns them."""
+    """Measure, and write the three files as the figures come; returns the files."""
     module = machine_suite(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    measured = module.measure(device, note, trace)
-    stamp = {
-        "suite": name,
-        "device": device_name(),
-        "command": command,
-        "commit": commit(),
-        "versions": {library: _version(library) for library in LIBRARIES},
-        "hardware": hardware(),
-        "missing": measured.missing,
-        "targets": measured.targets,
-        "notes": measured.notes,
-    }
     place = out / name / slug(device_name())
-    texts = {
-        ".csv": _csv(measured, module.COLUMNS),
-        ".md": _page(name, module.__doc__ or "", measured, stamp),
-        ".json": json.dumps(stamp, indent=1) + "\n",
-    }
-    for ending, text in texts.items():
-        write_text(place.with_name(place.name + ending), text)
-    return [place.with_name(place.name + ending) for ending in texts]
+    written: list[Path] = []
+    for measured in module.measure(device, note, trace):
+        stamp = {
+            "suite": name,
+            "device": device_name(),
+            "command": command,
+            "commit": commit(),
+            "versions": {library: _version(library) for library in LIBRARIES},
+            "hardware": hardware(),
+            "missing": measured.missing,
+            "targets": measured.targets,
+            "notes": measured.notes,
+        }
+        texts = {
+            ".csv": _csv(measured, module.COLUMNS),
+            ".md": _page(name, module.__doc__ or "", measured, stamp),
+            ".json": json.dumps(stamp, indent=1) + "\n",
+        }
+        written = [place.with_name(place.name + ending) for ending in texts]
+        for path, text in zip(written, texts.values(), strict=True):
+            write_text(path, text)
+    return written
 
 
 def _version(library: str) -> str:

@@ -26,8 +26,8 @@ figures(frame), plots(records) -> file name -> SVG text
 
 A machine suite measures the machine that it runs on, needs no data, and is no part of `--all`:
 
-measure(device, note, trace) -> Measured
-            rows of its table, what is missing, and what came out beside the targets
+measure(device, note, trace) -> Iterator[Measured]
+            rows of its table so far, what is missing, and what came out beside the targets
 
 Modules are imported when they are needed: the command line lists them without torch.
 """
@@ -144,7 +144,7 @@ class MachineSuite(Protocol):
     @staticmethod
     def measure(
         device: str, note: Callable[[str], None], trace: Path | None = None
-    ) -> Measured: ...
+    ) -> Iterator[Measured]: ...
 
 
 def machine_suite(name: str) -> MachineSuite:

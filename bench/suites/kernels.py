@@ -44,14 +44,21 @@ def shapes(device: str) -> Iterator[tuple[torch.dtype, int, int, int]]:
             yield dtype, rows, hidden, vocab
 
 
-def measure(device: str, note: Callable[[str], None], trace: Path | None = None) -> Measured:
-    """All operations at all shapes."""
+def measure(
+    device: str, note: Callable[[str], None], trace: Path | None = None
+) -> Iterator[Measured]:
+    """All operations at all shapes; what is known so far, after each of them."""
     if trace is not None:
         raise ValueError("suite kernels writes no trace; --trace goes with the suite step")
     found, missing = peers(device)
+    if device == "cpu":
+        missing["CUDA"] = "not measured: no GPU here; `python -m bench run kernels` on one does it"
     rows: list[dict[str, Any]] = []
-    notes: dict[str, Any] = {"relative error of the loss and of its gradient": errors(device)}
     limits: list[str] = []
+    notes: dict[str, Any] = {
+        "relative error of the loss and of its gradient": errors(device),
+        "limit": limits,
+    }
     for dtype, count, hidden, vocab in shapes(device):
         inputs = Inputs.random(count, hidden, vocab, dtype, device)
         for operation in OPERATIONS:
@@ -71,10 +78,7 @@ def measure(device: str, note: Callable[[str], None], trace: Path | None = None)
                 f"{operation} {count} × {hidden} × {vocab}: {flops / 1e9:.1f} GFLOP, "
                 f"{moved / MIB:.0f} MiB"
             )
-    notes["limit"] = limits
-    if device == "cpu":
-        missing["CUDA"] = "not measured: no GPU here; `python -m bench run kernels` on one does it"
-    return Measured(rows, missing, targets(rows, device), notes)
+        yield Measured(rows, missing, targets(rows, device), notes)
 
 
 def compare(

@@ -65,21 +65,26 @@ ON = {"cpu": (("pocket", 16), ("mid", 8)), "cuda": (
 )}  # fmt: skip
 
 
-def measure(device: str, note: Callable[[str], None], trace: Path | None = None) -> Measured:
-    """All variants at all shapes; `trace`: file for a profile of the last shape's stage-2 step."""
+def measure(
+    device: str, note: Callable[[str], None], trace: Path | None = None
+) -> Iterator[Measured]:
+    """All variants at all shapes, what is known so far after each of them.
+
+    trace: file for a profile of the last shape's stage-2 step
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows: list[dict[str, Any]] = []
     notes: dict[str, Any] = {}
+    missing = {}
+    if device == "cpu":
+        missing["CUDA"] = "not measured: no GPU here; `python -m bench run step` on one does it"
     for name, batch in ON[device]:
         note(f"step: {name}, batch {batch}")
         bench = Bench(SHAPES[name], batch, dtype, device)
         same = {"device": device, "dtype": str(dtype).removeprefix("torch."), "shape": name}
         rows += [same | {"batch": batch} | row for row in bench.rows()]
         notes[f"where shared_stage2 goes, {name}, batch {batch}"] = bench.profile(trace)
-    missing = {}
-    if device == "cpu":
-        missing["CUDA"] = "not measured: no GPU here; `python -m bench run step` on one does it"
-    return Measured(rows, missing, targets(rows), notes)
+        yield Measured(rows, missing, targets(rows), notes)
 
 
 class Bench:

@@ -126,10 +126,10 @@ def test_a_machine_suite_leaves_its_three_files(name, quick, tmp_path):
 
 def test_a_trace_is_written_on_request(quick, tmp_path):
     trace = tmp_path / "trace.json"
-    step.measure(DEVICE, lambda text: None, trace)
+    list(step.measure(DEVICE, lambda text: None, trace))
     assert json.loads(trace.read_text())["traceEvents"]
     with pytest.raises(ValueError, match="goes with the suite step"):
-        kernels.measure(DEVICE, lambda text: None, trace)
+        list(kernels.measure(DEVICE, lambda text: None, trace))
 
 
 def test_columns_are_the_contracts():
