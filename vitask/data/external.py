@@ -168,10 +168,8 @@ def _square(path: Path, size: int) -> np.ndarray:
     with Image.open(path) as image:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        cut = image.convert("RGB").resize(
-            (size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)
-        )
-        return np.asarray(cut)
+        cut = image.convert("RGB").crop((left, top, left + side, top + side))
+        return np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC))
 
 
 # Phantom: other pictures of the same marks, seen by another camera

@@ -1,0 +1,102 @@
+"""External sets in their published file forms: grades, parts, and what is wrong with a folder."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitask.data import external, medmnist
+
+RETINA = medmnist.spec("retinamnist")
+GRADES = [0, 1, 2, 3, 4] * 4
+
+
+def photograph(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((40, 60, 3), 10, dtype=np.uint8)
+    pixels[:, 10:50] = value  # the centre square, all of one value
+    Image.fromarray(pixels).save(path)
+
+
+def aptos(root):
+    folder = root / "aptos2019"
+    lines = ["id_code,diagnosis"]
+    for number, grade in enumerate(GRADES):
+        photograph(folder / "train_images" / f"a{number}.png", 50 + grade)
+        lines.append(f"a{number},{grade}")
+    (folder / "train.csv").write_text("\n".join(lines))
+    return folder
+
+
+def messidor2(root):
+    folder = root / "messidor2"
+    lines = ["image_id,adjudicated_dr_grade,adjudicated_dme,adjudicated_gradable"]
+    for number, grade in enumerate(GRADES):
+        photograph(folder / "images" / f"m{number}.jpg", 50 + grade)
+        gradable = 0 if number == 7 else 1
+        lines.append(f"m{number}.jpg,{grade if gradable else ''},0,{gradable}")
+    (folder / "messidor_data.csv").write_text("\n".join(lines))
+    return folder
+
+
+def read(name, root):
+    return external.load(name, RETINA, source="medmnist", roots=[root], size=28)
+
+
+@pytest.mark.parametrize("make", [aptos, messidor2], ids=["aptos2019", "messidor2"])
+def test_parts_are_stratified_and_hold_every_gradable_image_once(make, tmp_path):
+    name = make(tmp_path).name
+    found = read(name, tmp_path)
+    labels = np.concatenate([split.labels for split in found.splits.values()])
+    assert len(labels) == len(GRADES) - (name == "messidor2")
+    names = [i for split in found.splits.values() for i in split.ids]
+    assert len(set(names)) == len(names)
+    assert set(found.splits["train"].labels) == set(found.splits["test"].labels) == set(range(5))
+    again = read(name, tmp_path)
+    assert found.md5 == again.md5
+    assert found.spec.classes == RETINA.classes
+    assert found.spec.head == RETINA.head
+
+
+def test_the_centre_square_is_what_is_left(tmp_path):
+    aptos(tmp_path)
+    test = read("aptos2019", tmp_path).splits["test"]
+    assert test.images.shape[1:] == (28, 28, 3)
+    assert (test.images == (50 + test.labels)[:, None, None, None]).all()
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no folder 'idrid'"):
+        read("idrid", tmp_path)
+    folder = aptos(tmp_path)
+    (folder / "train_images" / "a3.png").unlink()
+    with pytest.raises(ValueError, match="no image 'a3'"):
+        read("aptos2019", tmp_path)
+    (folder / "train.csv").write_text("id_code,grade\na1,2\n")
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['diagnosis'\]"):
+        read("aptos2019", tmp_path)
+    (folder / "train.csv").unlink()
+    with pytest.raises(ValueError, match=r"train\.csv is missing"):
+        read("aptos2019", tmp_path)
+
+
+def test_idrid_as_published(shared):
+    found = read("idrid", shared / "external")
+    counts = {part: np.bincount(split.labels).tolist() for part, split in found.splits.items()}
+    assert counts["test"] == [34, 5, 32, 19, 13]
+    train = np.add(counts["train"], counts["val"])
+    assert train.sum() == 412  # IDRiD_118 is a picture of the test part
+    assert not any("IDRiD_118" in i for part in ("train", "val") for i in found.splits[part].ids)
+
+
+@pytest.mark.parametrize("name", external.SHIFTS)
+def test_phantoms_are_other_pictures_in_other_colours(name):
+    from vitask.data import phantom
+
+    found = external.load(name, RETINA, source="phantom", roots=(), size=28)
+    base = phantom.make("retinamnist")
+    assert found.source == "phantom"
+    assert found.splits["test"].images.mean((0, 1, 2)) != pytest.approx(
+        base.splits["test"].images.mean((0, 1, 2)), abs=3
+    )
+    seen = {image.tobytes() for image in base.splits["train"].images}
+    assert not seen & {image.tobytes() for image in found.splits["test"].images}
