@@ -49,7 +49,8 @@ SUITES = {
     name: f"bench.suites.{name}"
     for name in (
         "main", "ablation", "exemplars", "ranking", "external", "instructions",
-        "baselines", "sensitivity", "data_fraction", "architectures", "retention", "cost",
+        "baselines", "sensitivity", "data_fraction", "architectures", "calibration",
+        "retention", "cost",
     )
 }  # fmt: skip
 MACHINE_SUITES = {  # what they measure; their modules have these names

@@ -126,4 +126,6 @@ def plots(records: "Sequence[Record]") -> dict[str, str]:
             sides = record.extras["mean token probability"].values()
             positive, negative = ([v for pair in sides for v in pair[i]] for i in (0, 1))
             panels.append((record.method, positive, negative))
-    return {"ranking.svg": densities(panels, "Mean token probability of the true response")}
+    phantom = any(card["source"] == "phantom" for card in records[0].data.values())
+    title = f"Mean token probability of the true response{' — PHANTOM data' if phantom else ''}"
+    return {"ranking.svg": densities(panels, title)}
