@@ -77,7 +77,7 @@ class Job:
     ) -> "Job":
         """`loaded` keeps data that several suites share."""
         module = suite(name)
-        own, loaded = _sized(plan, module), {} if loaded is None else loaded
+        own, loaded = sized(plan, module), {} if loaded is None else loaded
         key = (own.names, own.recipe.train_limit, own.recipe.val_limit)
         if key not in loaded:
             loaded[key] = own.datasets()
@@ -113,7 +113,7 @@ class Job:
         }
 
 
-def _sized(plan: Plan, module: Suite) -> Plan:
+def sized(plan: Plan, module: Suite) -> Plan:
     """The plan at a suite's size; datasets that were chosen by hand stay."""
     if not getattr(module, "STUDY", False):
         return plan
@@ -122,7 +122,7 @@ def _sized(plan: Plan, module: Suite) -> Plan:
     own = replace(plan, recipe=recipe, names=plan.names if chosen else recipe.datasets(plan.source))
     if not hasattr(module, "trained_on"):
         return own
-    names = module.trained_on(own)
+    names = module.trained_on(own.names, plan.names)
     datasets = {"phantom_datasets": names, "medmnist_datasets": names}
     return replace(own, recipe=replace(recipe, **datasets), names=names)
 

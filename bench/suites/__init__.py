@@ -14,8 +14,9 @@ run(context, seed, wanted) -> Iterator[Outcome]
 and, where the defaults do not fit:
 
 STUDY       True: the suite runs at the size of the recipe's study, not of the recipe itself
-trained_on(plan) -> names
-            the sets that are trained on, if not the study's
+trained_on(study, whole) -> names
+            the sets that are trained on, out of the study's and the recipe's names, if not the
+            study's; both are what was chosen by hand where something was
 unavailable(plan) -> what it lacks here, or None; `--all` then leaves it out and says so
 evaluated(plan, datasets) -> datasets
             the sets that are scored, if not those that are trained on

@@ -13,9 +13,9 @@ from bench.suites import Context, Outcome
 if TYPE_CHECKING:
     import pandas as pd
 
-    from bench.plan import Plan
     from vitask.recipes import Recipe
 
+Names = tuple[str, ...]
 STUDY = True
 METHODS = {
     "tsm": "the task-specific model alone",
@@ -33,12 +33,12 @@ PUBLISHED_NOTE = """\
 Bai et al. 2024, section 3 and figure 2: InternVL2-2B on HAM10000 at 224 pixels."""
 
 
-def trained_on(plan: "Plan") -> tuple[str, ...]:
+def trained_on(study: Names, whole: Names) -> Names:
     """HAM10000 as in the paper where it is there, else DermaMNIST, else the first."""
     for name in ("ham10000", "dermamnist"):
-        if name in plan.names:
+        if name in study:
             return (name,)
-    return plan.names[:1]
+    return study[:1]
 
 
 def models(recipe: "Recipe") -> "dict[str, tuple[str, Recipe, bool]]":

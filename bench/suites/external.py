@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vitask.recipes import Recipe
     from vitask.score import Prediction
 
+Names = tuple[str, ...]
 STUDY = True
 METHODS = {
     "tsm": "the task-specific model, trained on RetinaMNIST",
@@ -43,7 +44,7 @@ TRAINED = "retinamnist"
 REFERABLE = 2  # grade from which on a patient is referred
 
 
-def trained_on(plan: "Plan") -> tuple[str, ...]:
+def trained_on(study: Names, whole: Names) -> Names:
     return (TRAINED,)
 
 

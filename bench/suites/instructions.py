@@ -15,9 +15,9 @@ from vitask.prompts import FORMS
 if TYPE_CHECKING:
     import pandas as pd
 
-    from bench.plan import Plan
     from vitask.recipes import Recipe
 
+Names = tuple[str, ...]
 STUDY = True
 TRAINED = "no_list_trained"
 KINDS = {"vanilla": "Van alone", "vitask_without_ep": "VITask"}
@@ -51,12 +51,9 @@ Bai et al. 2024, figure 4: InternVL2-2B on DermaMNIST at 224 pixels; incomplete 
 in training and testing."""
 
 
-def trained_on(plan: "Plan") -> tuple[str, ...]:
+def trained_on(study: Names, whole: Names) -> Names:
     """All datasets of the recipe, not the study's few."""
-    from vitask.recipes import recipe
-
-    whole = recipe(plan.recipe.name).datasets(plan.source)
-    return whole if set(plan.names) <= set(whole) else plan.names
+    return whole
 
 
 def units(recipe: "Recipe") -> float:

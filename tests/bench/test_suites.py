@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from bench import runs, table
-from bench.plan import Job, Plan, plan_of, specs_of
+from bench.plan import Job, Plan, plan_of, sized, specs_of
 from bench.progress import Scaled
 from bench.record import record_name
 from bench.suites import MACHINE_SUITES, SUITES, machine_suite, reference_of, suite
@@ -110,3 +110,22 @@ def test_suites_share_models_that_are_the_same(tiny):
     with runs.locked(tiny.folder):
         runs.run_suite(Job.of("cost", tiny), tiny.folder, Silent(), command="python -m bench")
     assert {note: note.stat().st_mtime_ns for note in notes} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("main", POCKET.phantom_datasets),
+        ("ablation", POCKET.phantom_study.datasets),
+        ("exemplars", ("dermamnist",)),
+        ("instructions", POCKET.phantom_datasets),
+        ("external", ("retinamnist",)),
+    ],
+)
+def test_suites_train_on_their_own_datasets_unless_some_are_chosen(name, expected):
+    plan = Plan(recipe=POCKET, source="phantom", names=POCKET.phantom_datasets)
+    assert sized(plan, suite(name)).names == expected
+    chosen = replace(plan, names=("bloodmnist",))
+    kept = ("retinamnist",) if name == "external" else ("bloodmnist",)
+    assert sized(chosen, suite(name)).names == kept
+    assert sized(chosen, suite(name)).recipe.name == POCKET.name
