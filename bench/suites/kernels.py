@@ -29,6 +29,7 @@ POCKET = (128, 1088)
 CPU_TARGET = (512, 32_000)
 ROWS = (128, 512, 2048, 8192)
 PRODUCTS = {"cross_entropy": (1, 1), "rda": (2, 1), "crt": (2, 2), "vitask": (3, 3)}
+PIECE = 2**30  # bytes that are copied at once
 WRONG = 0.1  # relative error of a loss from which on an implementation is called wrong
 
 
@@ -72,7 +73,10 @@ def measure(
                 "vocab": vocab,
             }
             mine = {name: peer[operation] for name, peer in found.items() if operation in peer}
-            rows += [same | row for row in compare(mine, operation, inputs, device)]
+            failed = {}
+            rows += [same | row for row in compare(mine, operation, inputs, device, failed)]
+            for name, why in failed.items():
+                missing[f"{name}: {operation}, {count} × {hidden} × {vocab}"] = why
             flops, moved = work(operation, inputs)
             limits.append(
                 f"{operation} {count} × {hidden} × {vocab}: {flops / 1e9:.1f} GFLOP, "
@@ -82,9 +86,13 @@ def measure(
 
 
 def compare(
-    losses: dict[str, Loss], operation: str, inputs: Inputs, device: str
+    losses: dict[str, Loss], operation: str, inputs: Inputs, device: str, failed: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one operation at one shape; all implementations take turns with the bare limit."""
+    """Rows of one operation at one shape; all implementations take turns with the bare limit.
+
+    One that cannot run here, out of memory or by a fault of its own, goes into `failed` with its
+    reason and stops no other; ours has to run.
+    """
     torch.compiler.reset()  # one graph for each shape: what static shapes mean
     clock = Clock(device)
     leaves = inputs[:3]
@@ -101,6 +109,12 @@ def compare(
         return call
 
     calls = {name: timed(loss) for name, loss in losses.items()}
+    for name in [name for name in calls if name != "ours"]:
+        try:
+            calls[name]()
+        except Exception as error:  # whatever a peer raises
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            del calls[name]
     calls["limit"] = lambda: clock(*limit(operation, inputs, device))
     samples = interleaved(calls)
     bare = Spread.of([sum(passes) for passes in samples.pop("limit")]).value
@@ -143,9 +157,12 @@ def limit(operation: str, inputs: Inputs, device: str) -> list[Callable[[], obje
         lambda: gradient @ inputs.weight,
     ]
     if device == "cuda":
-        half = torch.empty(int(work(operation, inputs)[1] // 2), dtype=torch.int8, device=device)
-        target = torch.empty_like(half)
-        steps.append(lambda: target.copy_(half))
+        # Half of the bytes are read and half written, in pieces: memory is for the losses.
+        bytes_copied = int(work(operation, inputs)[1] // 2)
+        piece = torch.empty(min(bytes_copied, PIECE), dtype=torch.int8, device=device)
+        target = torch.empty_like(piece)
+        copies = -(-bytes_copied // len(piece))
+        steps.append(lambda: [target.copy_(piece) for _ in range(copies)])
     return steps
 
 

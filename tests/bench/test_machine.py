@@ -132,6 +132,20 @@ def test_a_trace_is_written_on_request(quick, tmp_path):
         list(kernels.measure(DEVICE, lambda text: None, trace))
 
 
+def test_a_peer_that_fails_is_named_and_stops_nobody(monkeypatch):
+    def broken(inputs):
+        raise torch.OutOfMemoryError("no room\nfor details")
+
+    few = {"rounds": (2, 2), "budget_seconds": 0}
+    monkeypatch.setattr(speed.interleaved, "__kwdefaults__", few)
+    inputs = peers.Inputs.random(4, 8, 20, torch.float32, "cpu")
+    losses = {"ours": peers.OURS["rda"], "theirs": broken}
+    failed = {}
+    rows = list(kernels.compare(losses, "rda", inputs, "cpu", failed))
+    assert {row["implementation"] for row in rows} == {"ours"}
+    assert failed == {"theirs": "OutOfMemoryError: no room"}
+
+
 def test_columns_are_the_contracts():
     assert ",".join(kernels.COLUMNS) == (
         "device,dtype,operation,implementation,rows,hidden,vocab,pass,quantity,value,low,high"
