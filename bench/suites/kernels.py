@@ -73,7 +73,7 @@ def measure(
                 "vocab": vocab,
             }
             mine = {name: peer[operation] for name, peer in found.items() if operation in peer}
-            failed = {}
+            failed: dict[str, str] = {}
             rows += [same | row for row in compare(mine, operation, inputs, device, failed)]
             for name, why in failed.items():
                 missing[f"{name}: {operation}, {count} × {hidden} × {vocab}"] = why
@@ -113,7 +113,8 @@ def compare(
         try:
             calls[name]()
         except Exception as error:  # whatever a peer raises
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            first = (str(error).splitlines() or [""])[0]
+            failed[name] = f"{type(error).__name__}: {first[:120]}"
             del calls[name]
     calls["limit"] = lambda: clock(*limit(operation, inputs, device))
     samples = interleaved(calls)
