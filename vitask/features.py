@@ -29,7 +29,7 @@ class Features:
         datasets: Mapping[str, Dataset],
         compute: Callable[[np.ndarray], Tensor],
         *,
-        memory_mib: float = float("inf"),
+        memory_mib: float | int = float("inf"),
         folder: Path | None = None,
     ) -> None:
         self._datasets = datasets

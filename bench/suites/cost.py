@@ -47,12 +47,12 @@ def units(recipe: "Recipe") -> float:
 
 
 def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
-    from bench.work import SCORING, Work
+    from bench.work import SCORING, Tuned, Work
     from vitask.recipes import vanilla
 
     work = Work(context, seed)
     specialist = work.specialist()
-    own = _count(specialist.model)
+    own, models = _count(specialist.model), dict[str, Tuned]()
     for method in METHODS:
         if method not in wanted:
             continue
@@ -63,7 +63,10 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
         else:
             vitask = method.startswith("vitask")
             recipe = context.recipe if vitask else vanilla(context.recipe)
-            tuned = work.tuned(recipe, specialist, name="vitask" if vitask else "vanilla")
+            name = "vitask" if vitask else "vanilla"
+            if name not in models:
+                models[name] = work.tuned(recipe, specialist, name=name)
+            tuned = models[name]
             model, exemplar = tuned.model, method == "vitask_with_ep"
             notes = [tuned.note, *([specialist.note] if vitask else [])]
             adapters = sum(
