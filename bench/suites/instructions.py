@@ -74,14 +74,17 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
     for kind in KINDS:
         full = context.recipe if kind.startswith("vitask") else vanilla(context.recipe)
         name = "vitask" if kind.startswith("vitask") else "vanilla"
+        specialist = work.specialist() if full.exemplar else None
         asked = [form for form in FORMS if f"{kind}@{form}" in wanted]
         if asked:
-            tuned = work.tuned(full, name=name)
+            tuned = work.tuned(full, specialist, name=name)
             for form in asked:
                 model = VITask(tuned.model.vlm, replace(full, instruction=form), tuned.model.tasks)
                 yield work.answers(f"{kind}@{form}", work.predict(model, write=False))
         if f"{kind}@{TRAINED}" in wanted:
-            tuned = work.tuned(replace(full, instruction="no_list"), name=f"{name}-no_list")
+            tuned = work.tuned(
+                replace(full, instruction="no_list"), specialist, name=f"{name}-no_list"
+            )
             predictions = work.predict(tuned.model, write=False)
             yield work.answers(f"{kind}@{TRAINED}", predictions, tuned.note)
 
