@@ -1,7 +1,7 @@
 """Records -> the long CSV and the page: means over seeds, intervals, differences, significance."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,8 @@ def tabulate(
         if groups:
             _resample(name, cells, groups[0], module)
         found[name] = cells
-    if len(images) > 1:
-        found[AVERAGE] = _average({name: found[name] for name in images}, module)
+    if len(counted := _counted(images, module)) > 1:
+        found[AVERAGE] = _average({name: found[name] for name in counted}, module)
     return _frame(found, records[0], images, module)
 
 
@@ -128,6 +128,12 @@ def _resample(name: str, cells: dict[str, _Cell], groups: np.ndarray | None, mod
             cell.permuted = permuted_differences(cell.seeds, answered[reference].seeds, swap)
 
 
+def _counted(images: Sequence[str], module: Rows) -> list[str]:
+    """The datasets of the average."""
+    counts: Callable[[str], bool] = getattr(module, "averaged", lambda name: True)
+    return [name for name in images if counts(name)]
+
+
 def _average(found: dict[str, dict[str, _Cell]], module: Rows) -> dict[str, _Cell]:
     """Mean over the datasets, each resampled and permuted within itself, for methods that
     answer them all."""
@@ -155,7 +161,7 @@ def _frame(
     rows = []
     p_holm = _adjusted(found, images, module)
     for name, cells in found.items():
-        parts = [name] if name in images else list(images)
+        parts = [name] if name in images else _counted(images, module)
         cards = [first.data[part] for part in parts] or list(first.trained_on.values())
         sizes = [card["images"]["test"] for card in cards] if name in (*images, AVERAGE) else [0]
         for method, cell in cells.items():

@@ -56,6 +56,7 @@ class Recipe:
     source_size: int = 28  # pixels: 28, 64, 128 or 224; never mixed in one table
     train_limit: int | None = None  # images per dataset, stratified by class; None: all
     val_limit: int | None = None
+    corrupted_limit: int | None = 200  # test images of each dataset that are corrupted
     phantom_study: Study = Study(datasets=("dermamnist", "retinamnist", "breastmnist"))
     medmnist_study: Study = Study(datasets=("dermamnist", "retinamnist", "breastmnist"))
 

@@ -20,6 +20,8 @@ trained_on(study, whole) -> names
 unavailable(plan) -> what it lacks here, or None; `--all` then leaves it out and says so
 evaluated(plan, datasets) -> datasets
             the sets that are scored, if not those that are trained on
+averaged(name) -> bool
+            whether a scored set counts in the average; by default all do
 TABLES      metric -> title: the tables of its page
 sections(records) -> list of (title, Markdown), further parts of its page
 figures(frame), plots(records) -> file name -> SVG text
@@ -50,7 +52,7 @@ SUITES = {
     name: f"bench.suites.{name}"
     for name in (
         "main", "ablation", "exemplars", "ranking", "external", "instructions",
-        "baselines", "sensitivity", "data_fraction", "architectures", "calibration",
+        "corruptions", "baselines", "sensitivity", "data_fraction", "architectures", "calibration",
         "retention", "cost",
     )
 }  # fmt: skip
