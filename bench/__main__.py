@@ -21,6 +21,7 @@ from bench.cli import (
     is_our_error,
     must_resolve,
     split_names,
+    stop,
 )
 from bench.data_commands import data_app
 
@@ -121,7 +122,10 @@ def _measure(name: str, out: Path, trace: Path | None) -> None:
         typer.echo(text, err=True)
 
     command = command_line((), out)
-    written = run_machine_suite(name, out, command=command, note=note, trace=trace)
+    try:
+        written = run_machine_suite(name, out, command=command, note=note, trace=trace)
+    except KeyboardInterrupt:
+        stop(f"{name}: interrupted; its tables hold what was measured so far", FAILED)
     note(f"{name}: wrote {', '.join(map(str, written))}")
 
 

@@ -1,14 +1,16 @@
 """One method against another, on the same test images: difference, interval, p-value."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 import pandas as pd
 
+from bench.items import Measure, measure_of
 from bench.plan import specs_of
 from bench.record import Record
+from bench.suites import suite
 from bench.table import tabulate
 
 METRICS = ("macro_f1", "accuracy", "auc", "balanced_accuracy", "ece", "qwk")
@@ -20,6 +22,8 @@ class Pair:
 
     METHODS: dict[str, str]
     REFERENCE: str | Mapping[str, str] | None
+    measured: Measure
+    averaged: Callable[[str], bool]
 
 
 def compare(folder: Path, records: Sequence[Record], method: str, reference: str) -> pd.DataFrame:
@@ -39,12 +43,14 @@ def compare(folder: Path, records: Sequence[Record], method: str, reference: str
     if method == reference:
         raise ValueError(f"{method!r} was given twice; expected two different methods")
     mine = [record for record in records if record.method in (method, reference)]
-    frame = tabulate(
-        folder, mine, specs_of(records[0]), Pair({method: "", reference: ""}, reference)
-    )
+    module = suite(records[0].suite)
+    averaged = getattr(module, "averaged", lambda name: True)
+    pair = Pair({method: "", reference: ""}, reference, measure_of(module), averaged)
+    frame = tabulate(folder, mine, specs_of(records[0]), pair)
     keys = ["dataset", "metric"]
     means = frame[frame["method"] == reference].set_index(keys)["mean"].rename(reference)
-    found = frame[(frame["method"] == method) & frame["metric"].isin(METRICS)].join(means, on=keys)
+    shown = [*METRICS, *getattr(module, "TABLES", ())]
+    found = frame[(frame["method"] == method) & frame["metric"].isin(shown)].join(means, on=keys)
     columns = {
         "mean": method, "diff_to_vanilla": "difference", "diff_low": "low", "diff_high": "high",
         "p_holm": "p (Holm)",

@@ -215,7 +215,7 @@ def auc(data: Scored, weights: np.ndarray) -> np.ndarray:
     A class without positive or negative weight leaves the mean; NaN if all do.
     """
     by_image = np.ascontiguousarray(weights.T, dtype=np.float64)  # (n, resamples): rows are read
-    each = [_binary_auc(score, positive, by_image) for score, positive in one_against_rest(data)]
+    each = [binary_auc(score, positive, by_image) for score, positive in one_against_rest(data)]
     return _mean_of_defined(np.stack(each, axis=1))
 
 
@@ -229,7 +229,7 @@ def one_against_rest(data: Scored) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield data.probability[:, k], positive
 
 
-def _binary_auc(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def binary_auc(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted Mann-Whitney statistic; ties count one half. weights (n, resamples)."""
     negatives = np.flatnonzero(~positive)
     negatives = negatives[np.argsort(score[negatives], kind="stable")]

@@ -28,7 +28,7 @@ ENVIRONMENT = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
     autoescape=False,
 )
-LOWER_IS_BETTER = ("ece", "gen_invalid")
+LOWER_IS_BETTER = ("ece", "gen_invalid", "overlap", "negative")
 SIGNIFICANT = 0.05
 MOST_COLUMNS = 8  # of a table; with more methods each is a line
 

@@ -70,6 +70,7 @@ class Record:
     versions: dict[str, str]
     commit: str
     hardware: dict[str, Any]
+    items: dict[str, dict[str, Any]] = field(default_factory=dict)  # per dataset: bench.items
     measured: dict[str, Any] = field(default_factory=dict)  # seconds, peak_mib, values, sha256
 
     @property
@@ -82,15 +83,22 @@ class Record:
 
     def text(self) -> str:
         """The file's text; numbers of a list stand on one line."""
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(self._content(), indent=1, ensure_ascii=False, allow_nan=False)
         return _NUMBERS.sub(lambda m: "[" + re.sub(r"\s+", " ", m[1].strip()) + "]", text) + "\n"
 
     def digest(self) -> str:
         """SHA-256 of everything else in the record: a changed byte is seen."""
-        content = asdict(self)
+        content = self._content()
         content["measured"].pop("sha256", None)
         text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        """Its fields; items only where there are some."""
+        content = asdict(self)
+        if not self.items:
+            del content["items"]
+        return content
 
     @classmethod
     def read(cls, path: Path) -> "Record":

@@ -18,6 +18,7 @@ from typing import Any
 
 from bench import record as records
 from bench.checkpoints import discard_of
+from bench.items import Items, measure_of, points
 from bench.metrics import confusion, measure, scored
 from bench.plan import Job, prompts, prompts_sha256
 from bench.progress import Advancing
@@ -184,6 +185,10 @@ class _Run:
             self.folder / "samples" / f"{name}.parquet", outcome.predictions, job.evaluated
         )
         metrics, matrices, cards = _judge(job, outcome)
+        items = {dataset: one.card() for dataset, one in outcome.items.items()}
+        for dataset, card in items.items():
+            own = plain(points(Items.of(card), measure_of(job.module)))
+            metrics[dataset] = metrics.get(dataset, {}) | own
         varying = {}
         for dataset, values in outcome.values.items():
             fixed = {k: float(v) for k, v in values.items() if k not in outcome.measured}
@@ -210,6 +215,7 @@ class _Run:
             metrics=metrics,
             confusion=matrices,
             extras=outcome.extras,
+            items=items,
             versions=records.versions(),
             commit=records.commit(),
             hardware=records.hardware(),

@@ -37,9 +37,9 @@ def resampled(seeds: Sequence[Scored], weights: np.ndarray) -> dict[str, np.ndar
     """Every metric under every resample, averaged over seeds: (2000,) each."""
 
     def metrics(chunk: np.ndarray) -> dict[str, np.ndarray]:
-        return _mean([measure(data, chunk.astype(np.float64)) for data in seeds])
+        return mean_over_seeds([measure(data, chunk.astype(np.float64)) for data in seeds])
 
-    return _chunked(metrics, weights)
+    return chunked(metrics, weights)
 
 
 def permuted_differences(
@@ -51,7 +51,9 @@ def permuted_differences(
     swap @ (reference's column - ours), and the difference of two AUCs is linear in the swaps.
     """
     parts = [_Pair(a, b) for a, b in zip(ours, reference, strict=True)]
-    return _chunked(lambda chunk: _mean([pair(chunk.astype(np.float64)) for pair in parts]), swap)
+    return chunked(
+        lambda chunk: mean_over_seeds([pair(chunk.astype(np.float64)) for pair in parts]), swap
+    )
 
 
 class _Pair:
@@ -142,13 +144,15 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _mean(seeds: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def mean_over_seeds(seeds: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Every metric's mean."""
     return {name: np.mean([metrics[name] for metrics in seeds], axis=0) for name in seeds[0]}
 
 
-def _chunked(
+def chunked(
     function: Callable[[np.ndarray], dict[str, np.ndarray]], rows: np.ndarray
 ) -> dict[str, np.ndarray]:
+    """A function of some rows at once, applied to all."""
     parts = [function(rows[i : i + CHUNK]) for i in range(0, len(rows), CHUNK)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

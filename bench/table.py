@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bench import items as own
+from bench.items import Items, Measure, measure_of
 from bench.metrics import Scored, scored
 from bench.record import Record, Samples, candidates_of, read_samples, write_text
 from bench.stats import (
@@ -59,8 +61,9 @@ def tabulate(
         groups = [s[name].groups for s in samples.values() if name in s]
         if groups:
             _resample(name, cells, groups[0], module)
+        _resample_items(name, cells, module)
         found[name] = cells
-    if len(counted := _counted(images, module)) > 1:
+    if len(counted := _counted(found, module)) > 1:
         found[AVERAGE] = _average({name: found[name] for name in counted}, module)
     return _frame(found, records[0], images, module)
 
@@ -78,12 +81,14 @@ class _Cell:
 
     points:    metric -> value of each seed
     seeds:     its answers by seed; empty for what no image's answer says
+    items:     what its suite's own metrics are made of, by seed; empty without any
     resampled, permuted: metric -> (2000,) under the bootstrap; differences to the reference
     """
 
     records: list[Record]
     points: dict[str, list[float]]
     seeds: list[Scored]
+    items: list[Items] = field(default_factory=list)
     resampled: dict[str, np.ndarray] = field(default_factory=dict)
     permuted: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -99,7 +104,10 @@ class _Cell:
         points = {metric: [_number(v[metric]) for v in values] for metric in values[0]}
         answered = [r for r in records if name in samples[r.name]]
         return cls(
-            records, points, [_scored(r, specs[name], samples[r.name][name]) for r in answered]
+            records,
+            points,
+            [_scored(r, specs[name], samples[r.name][name]) for r in answered],
+            [Items.of(r.items[name]) for r in records if name in r.items],
         )
 
     def mean(self, metric: str) -> float:
@@ -128,19 +136,37 @@ def _resample(name: str, cells: dict[str, _Cell], groups: np.ndarray | None, mod
             cell.permuted = permuted_differences(cell.seeds, answered[reference].seeds, swap)
 
 
-def _counted(images: Sequence[str], module: Rows) -> list[str]:
-    """The datasets of the average."""
+def _resample_items(name: str, cells: dict[str, _Cell], module: Rows) -> None:
+    """The same of what the suite measures itself."""
+    measure: Measure = measure_of(module)
+    measured = {method: cell for method, cell in cells.items() if cell.items}
+    for method, cell in measured.items():
+        count, groups = len(cell.items[0]), cell.items[0].groups
+        weights = bootstrap_weights(name, count, groups)
+        cell.resampled |= own.resampled(cell.items, measure, weights)
+        other = measured.get(reference_of(module, method) or "")
+        if other is not None:
+            swap = swaps(name, count, groups)
+            cell.permuted |= own.permuted_differences(cell.items, other.items, measure, swap)
+
+
+def _counted(found: Mapping[str, Mapping[str, _Cell]], module: Rows) -> list[str]:
+    """The datasets of the average: those with images or items, unless the suite says otherwise."""
     counts: Callable[[str], bool] = getattr(module, "averaged", lambda name: True)
-    return [name for name in images if counts(name)]
+    return [
+        name
+        for name, cells in found.items()
+        if name != AVERAGE and counts(name) and any(c.seeds or c.items for c in cells.values())
+    ]
 
 
-def _average(found: dict[str, dict[str, _Cell]], module: Rows) -> dict[str, _Cell]:
+def _average(found: Mapping[str, dict[str, _Cell]], module: Rows) -> dict[str, _Cell]:
     """Mean over the datasets, each resampled and permuted within itself, for methods that
     answer them all."""
     done = {}
     for method in module.METHODS:
         cells = [found[name][method] for name in found if method in found[name]]
-        if len(cells) < len(found) or not all(cell.seeds for cell in cells):
+        if len(cells) < len(found) or not all(cell.seeds or cell.items for cell in cells):
             continue
         shared = set.intersection(*(set(cell.points) for cell in cells))
         metrics = [m for m in cells[0].points if m in shared and not m.startswith(NOT_AVERAGED)]
@@ -159,11 +185,12 @@ def _frame(
     found: dict[str, dict[str, _Cell]], first: Record, images: Sequence[str], module: Rows
 ) -> pd.DataFrame:
     rows = []
-    p_holm = _adjusted(found, images, module)
+    p_holm = _adjusted(found, module)
     for name, cells in found.items():
-        parts = [name] if name in images else _counted(images, module)
-        cards = [first.data[part] for part in parts] or list(first.trained_on.values())
-        sizes = [card["images"]["test"] for card in cards] if name in (*images, AVERAGE) else [0]
+        parts = _counted(found, module) if name == AVERAGE else [name]
+        cards = [first.data[part] for part in parts if part in images]
+        cards = cards or list((first.data or first.trained_on).values())
+        sizes = [_size(found[part], first.data.get(part)) for part in parts]
         for method, cell in cells.items():
             for metric, points in cell.points.items():
                 low, high = cell.interval(metric)
@@ -205,8 +232,15 @@ def _difference(cells: dict[str, _Cell], method: str, metric: str, module: Rows)
     }
 
 
+def _size(cells: Mapping[str, _Cell], card: Mapping[str, Any] | None) -> int:
+    """Test images of a dataset, or what is asked instead; 0 where nothing is."""
+    if card is not None:
+        return card["images"]["test"]
+    return max((len(cell.items[0]) for cell in cells.values() if cell.items), default=0)
+
+
 def _adjusted(
-    found: dict[str, dict[str, _Cell]], images: Sequence[str], module: Rows
+    found: dict[str, dict[str, _Cell]], module: Rows
 ) -> dict[tuple[str, str, str], float]:
     """p by permutation, Holm over the datasets for each method and metric; the average's is one
     test of its own."""
@@ -225,7 +259,7 @@ def _adjusted(
                     p[name] = p_value(seen, permuted)
             if AVERAGE in p:
                 adjusted[AVERAGE, method, metric] = p[AVERAGE]
-            family = holm({name: p[name] for name in images if name in p})
+            family = holm({name: value for name, value in p.items() if name != AVERAGE})
             adjusted |= {(name, method, metric): value for name, value in family.items()}
     return adjusted
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.items import Items, measure_of, points
 from bench.metrics import confusion, measure, scored
 from bench.official import FOLDER, official_files, official_texts
 from bench.record import (
@@ -15,6 +16,7 @@ from bench.record import (
     read_samples,
 )
 from bench.runs import plain, read_manifest
+from bench.suites import suite
 from bench.table import render
 from vitask.data.spec import Dataset
 from vitask.prompts import candidates
@@ -73,6 +75,9 @@ def _record(folder: Path, record: Record, datasets: Mapping[str, Dataset]) -> li
             continue
         wrong = _inputs(record, name, sample, datasets[name])
         found += [f"{name}: {text}" for text in wrong or _scores(record, sample, datasets[name])]
+    for name, card in record.items.items():
+        again = plain(points(Items.of(card), measure_of(suite(record.suite))))
+        found += [f"{name}: {text}" for text in _disagreements(again, record.metrics[name])]
     return found
 
 
@@ -103,14 +108,20 @@ def _scores(record: Record, sample: Samples, dataset: Dataset) -> list[str]:
     name, labels = dataset.spec.name, dataset.splits["test"].labels
     answers = candidates(dataset.spec, dataset.splits["train"].labels)
     data = scored(dataset.spec, labels, sample.prediction, answers)
-    found, again, said = [], plain(measure(data)), record.metrics[name]
-    for metric in again:
-        if not _same(again.get(metric), said.get(metric)):
-            here = f"{again.get(metric)} from the samples, {said.get(metric)} in the record"
-            found.append(f"{metric} is {here}")
+    found = _disagreements(plain(measure(data)), record.metrics[name])
     if confusion(data) != record.confusion[name]:
         found.append("the confusion matrix is another one")
     return found
+
+
+def _disagreements(
+    again: Mapping[str, float | None], said: Mapping[str, float | None]
+) -> list[str]:
+    return [
+        f"{metric} is {again[metric]} from the samples, {said.get(metric)} in the record"
+        for metric in again
+        if not _same(again[metric], said.get(metric))
+    ]
 
 
 def _same(ours: Any, theirs: Any) -> bool:

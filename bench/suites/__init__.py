@@ -22,6 +22,8 @@ evaluated(plan, datasets) -> datasets
             the sets that are scored, if not those that are trained on
 averaged(name) -> bool
             whether a scored set counts in the average; by default all do
+measured(values, weights) -> metric -> (k,)
+            the suite's own metrics of its outcomes' items; by default the mean of each name
 TABLES      metric -> title: the tables of its page
 sections(records) -> list of (title, Markdown), further parts of its page
 figures(frame), plots(records) -> file name -> SVG text
@@ -43,6 +45,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
+    from bench.items import Items
     from bench.progress import Advancing
     from vitask.data.spec import Dataset
     from vitask.recipes import Recipe
@@ -67,7 +70,9 @@ class Outcome:
     """One method scored on the test parts.
 
     predictions: answers to every test image, from which all metrics are computed
-    values:      dataset -> metric -> value, for what no image's answer says (parameters, seconds);
+    items:       dataset -> one value an image (or question) of each name, from which the suite's
+                 own metrics are computed, with intervals and tests
+    values:      dataset -> metric -> value, for what nothing else says (parameters, seconds);
                  those that differ from run to run are named in `measured`
     extras:      what is worth keeping of the way there (validation curves, losses), JSON-able
     """
@@ -75,6 +80,7 @@ class Outcome:
     method: str
     predictions: "list[Prediction]"
     extras: dict[str, Any] = field(default_factory=dict)
+    items: "dict[str, Items]" = field(default_factory=dict)
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     measured: tuple[str, ...] = ()
 

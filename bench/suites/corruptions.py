@@ -132,7 +132,7 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
         if method in wanted:
             values, steps = _judged(context, found[method])
             extras = {"unavailable": lacking, "severities": steps}
-            yield Outcome(method, found[method], extras, values)
+            yield Outcome(method, found[method], extras, values=values)
 
 
 def _judged(

@@ -4,7 +4,7 @@
 in the place of the first; nothing else is tuned. `referable_auc` is the AUC of grade 2 or more.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -128,15 +128,22 @@ def _plugged(work: "Work", model: "VITask") -> "list[Prediction]":
 
 
 def _with_referable(work: "Work", answered: Outcome) -> Outcome:
-    from sklearn.metrics import roc_auc_score
+    from bench.items import Items
 
-    values = {}
+    items = {}
     for prediction in answered.predictions:
         labels = work.context.evaluated[prediction.dataset].splits["test"].labels
         log_p = prediction.log_probability
         p = np.exp(log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True))
-        referable = labels >= REFERABLE
-        if referable.any() and not referable.all():
-            auc = roc_auc_score(referable, p[:, REFERABLE:].sum(1))
-            values[prediction.dataset] = {"referable_auc": float(auc)}
-    return replace(answered, values=values)
+        probability = {"probability": p[:, REFERABLE:].sum(1), "referable": labels >= REFERABLE}
+        items[prediction.dataset] = Items(
+            {name: np.asarray(value, dtype=float) for name, value in probability.items()}
+        )
+    return replace(answered, items=items)
+
+
+def measured(values: Mapping[str, np.ndarray], weights: np.ndarray) -> dict[str, np.ndarray]:
+    """AUC of the probability of grade 2 or more."""
+    from bench.metrics import binary_auc
+
+    return {"referable_auc": binary_auc(values["probability"], values["referable"] == 1, weights.T)}

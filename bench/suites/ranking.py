@@ -7,7 +7,7 @@ distributions are drawn; `overlap` is the mass that they share (0 apart, 1 alike
 """
 
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from bench.suites import Context, Outcome
 
 if TYPE_CHECKING:
+    from bench.items import Items
     from bench.record import Record
     from bench.work import Work
     from vitask.checkpoint import VITask
@@ -58,15 +59,14 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
         if method not in wanted:
             continue
         model = work.untuned if recipe is None else work.tuned(recipe, name=method).model
-        pairs = {name: _pairs(work, model, name) for name in context.evaluated}
-        values = {name: _values(*sides) for name, sides in pairs.items()}
-        kept = {name: [np.round(s, 5).tolist() for s in sides] for name, sides in pairs.items()}
+        items = {name: _items(work, model, name) for name in context.evaluated}
         work.advance(SCORING, f"{method}, seed {seed}")
-        yield Outcome(method, [], {"mean token probability": kept}, values)
+        yield Outcome(method, [], items=items)
 
 
-def _pairs(work: "Work", model: "VITask", name: str) -> tuple[np.ndarray, np.ndarray]:
+def _items(work: "Work", model: "VITask", name: str) -> "Items":
     """Mean token probability of each image's true response, for it and for a wrong image."""
+    from bench.items import Items
     from vitask.prompts import answer, instruction, response
 
     dataset = work.everything[name]
@@ -78,8 +78,11 @@ def _pairs(work: "Work", model: "VITask", name: str) -> tuple[np.ndarray, np.nda
     prompt = model.vlm.prompt(instruction(dataset.spec, model.recipe.instruction))
     ids = [model.vlm.response_ids(response(text)) for text in texts]
     image = work.image(name, "test")
-    right = _mean_probability(model, prompt, image, ids)
-    return right, _mean_probability(model, prompt, image[wrong], ids)
+    values = {
+        "positive": _mean_probability(model, prompt, image, ids),
+        "negative": _mean_probability(model, prompt, image[wrong], ids),
+    }
+    return Items(values, test.groups)
 
 
 def _mean_probability(model: "VITask", prompt: Any, image: Any, ids: list[Any]) -> np.ndarray:
@@ -101,17 +104,23 @@ def _mean_probability(model: "VITask", prompt: Any, image: Any, ids: list[Any]) 
     return torch.cat(found).double().cpu().numpy()
 
 
-def _values(positive: np.ndarray, negative: np.ndarray) -> dict[str, float]:
-    from sklearn.metrics import roc_auc_score
+def measured(values: Mapping[str, np.ndarray], weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The numbers of the two distributions, an image's two values weighted alike."""
+    from bench.metrics import binary_auc
 
-    edges = np.linspace(0, 1, BINS + 1)
-    shares = [np.histogram(side, edges)[0] / len(side) for side in (positive, negative)]
-    truth = np.repeat([1, 0], [len(positive), len(negative)])
+    positive, negative = values["positive"], values["negative"]
+    total = weights.sum(1, keepdims=True)
+    shares = []
+    for side in (positive, negative):
+        bins = np.minimum((side * BINS).astype(int), BINS - 1)
+        shares.append(weights @ np.eye(BINS)[bins] / total)
+    truth = np.repeat([True, False], [len(positive), len(negative)])
+    both = np.hstack([weights, weights]).T
     return {
-        "ranking_auc": float(roc_auc_score(truth, np.concatenate([positive, negative]))),
-        "overlap": float(np.minimum(*shares).sum()),
-        "positive": float(positive.mean()),
-        "negative": float(negative.mean()),
+        "ranking_auc": binary_auc(np.concatenate([positive, negative]), truth, both),
+        "overlap": np.minimum(*shares).sum(1),
+        "positive": weights @ positive / total[:, 0],
+        "negative": weights @ negative / total[:, 0],
     }
 
 
@@ -123,8 +132,10 @@ def plots(records: "Sequence[Record]") -> dict[str, str]:
     panels = []
     for record in records:
         if record.seed == first:
-            sides = record.extras["mean token probability"].values()
-            positive, negative = ([v for pair in sides for v in pair[i]] for i in (0, 1))
+            sides = [card["values"] for card in record.items.values()]
+            positive, negative = (
+                [v for side in sides for v in side[name]] for name in ("positive", "negative")
+            )
             panels.append((record.method, positive, negative))
     phantom = any(card["source"] == "phantom" for card in records[0].data.values())
     title = f"Mean token probability of the true response{' — PHANTOM data' if phantom else ''}"

@@ -6,8 +6,6 @@ For the embedded VLM that is its held-out picture questions, by kind, answered i
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from bench.suites import Context, Outcome
 
 if TYPE_CHECKING:
@@ -35,8 +33,9 @@ def units(recipe: "Recipe") -> float:
 
 
 def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
+    from bench.items import Items
     from bench.work import SCORING, Work
-    from vitask.pocket.evaluate import accuracy
+    from vitask.pocket.evaluate import right
     from vitask.recipes import vanilla
 
     if context.recipe.vlm != "pocket":
@@ -53,8 +52,7 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
         else:
             recipe = context.recipe if method == "vitask" else vanilla(context.recipe)
             model = work.tuned(recipe, name=method).model
-        found = accuracy(model.vlm, PICTURES, SEED)
-        values = {f"pictures: {kind}": {"accuracy": value} for kind, value in found.items()}
-        values["pictures: average"] = {"accuracy": float(np.mean(list(found.values())))}
+        found = right(model.vlm, PICTURES, SEED)
+        items = {f"pictures: {kind}": Items({"accuracy": one}) for kind, one in found.items()}
         work.advance(SCORING, f"{method}, seed {seed}")
-        yield Outcome(method, [], values=values)
+        yield Outcome(method, [], items=items)

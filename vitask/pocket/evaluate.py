@@ -1,6 +1,7 @@
 """What the pocket VLM can do on pictures that it has not seen, with and without the right image."""
 
 import numpy as np
+from jaxtyping import Bool
 
 from vitask.pocket.questions import KINDS, canonical, held_out
 from vitask.score import generate
@@ -8,7 +9,15 @@ from vitask.vlm import VLM
 
 
 def accuracy(vlm: VLM, count: int, seed: int, *, shuffled: bool = False) -> dict[str, float]:
-    """Accuracy of each kind of question by greedy generation, exact match of the whole answer.
+    """Accuracy of each kind of question; see `right`."""
+    found = right(vlm, count, seed, shuffled=shuffled)
+    return {kind: float(np.mean(answers)) for kind, answers in found.items()}
+
+
+def right(
+    vlm: VLM, count: int, seed: int, *, shuffled: bool = False
+) -> dict[str, Bool[np.ndarray, " questions"]]:
+    """Which questions of each kind are answered right: greedy generation, the whole answer.
 
     shuffled: every question is put to a picture drawn at random; a model that looks falls to
     chance.
@@ -22,8 +31,8 @@ def accuracy(vlm: VLM, count: int, seed: int, *, shuffled: bool = False) -> dict
         longest = max(len(vlm.response_ids(f"{answer}.")) for answer in answers)
         prompts = [vlm.prompt(canonical(kind))] * len(seen)
         written = generate(vlm, prompts, tokens[seen], max_new_tokens=longest, batch_size=256)
-        right = [f"{answers[f]}." for f in facts[kind][asked]]
-        found[kind] = float(np.mean([w == r for w, r in zip(written, right, strict=True)]))
+        expected = [f"{answers[f]}." for f in facts[kind][asked]]
+        found[kind] = np.array([w == e for w, e in zip(written, expected, strict=True)])
     return found
 
 

@@ -1,0 +1,85 @@
+"""Metrics of a suite's own, made of one value an image (or question), with their uncertainty.
+
+A suite that measures more than answers keeps such values in its outcome and may say in
+`measured(values, weights)` what they give; by default each name's weighted mean. The same function
+serves the point value, the bootstrap and the paired permutation test, as in `metrics.py`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bench.stats import chunked, mean_over_seeds
+
+DIGITS = 6  # of the values that a record keeps, and of which everything is computed
+Values = Mapping[str, np.ndarray]  # name -> float (n,)
+Measure = Callable[[Values, np.ndarray], dict[str, np.ndarray]]  # weights (k, n) -> (k,) each
+
+
+@dataclass(frozen=True)
+class Items:
+    """values: name -> float (n,); groups: str (n,) or None, what is resampled together."""
+
+    values: dict[str, np.ndarray]
+    groups: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    def card(self) -> dict[str, Any]:
+        """As a record keeps them."""
+        values = {name: np.round(array, DIGITS).tolist() for name, array in self.values.items()}
+        return {"values": values, "groups": None if self.groups is None else self.groups.tolist()}
+
+    @classmethod
+    def of(cls, card: Mapping[str, Any]) -> "Items":
+        values = {name: np.array(array, dtype=float) for name, array in card["values"].items()}
+        return cls(values, None if card["groups"] is None else np.array(card["groups"]))
+
+
+def means(values: Values, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Each name's weighted mean."""
+    return {name: weights @ array / weights.sum(1) for name, array in values.items()}
+
+
+def measure_of(module: Any) -> Measure:
+    """How a suite measures its items."""
+    return getattr(module, "measured", means)
+
+
+def points(items: Items, measure: Measure) -> dict[str, np.ndarray]:
+    """Every metric of all items, (1,) each."""
+    return measure(items.values, np.ones((1, len(items))))
+
+
+def resampled(
+    seeds: Sequence[Items], measure: Measure, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Every metric under every resample, averaged over seeds: (2000,) each."""
+    return chunked(
+        lambda part: mean_over_seeds([measure(s.values, part.astype(float)) for s in seeds]),
+        weights,
+    )
+
+
+def permuted_differences(
+    ours: Sequence[Items], reference: Sequence[Items], measure: Measure, swap: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Metric of ours minus reference after swapping the two methods' items, (2000,) each."""
+    pairs = [
+        {name: np.concatenate([a.values[name], b.values[name]]) for name in a.values}
+        for a, b in zip(ours, reference, strict=True)
+    ]
+
+    def differences(part: np.ndarray) -> dict[str, np.ndarray]:
+        moved = part.astype(float)
+        mine, theirs = np.hstack([1 - moved, moved]), np.hstack([moved, 1 - moved])
+        found = []
+        for both in pairs:
+            left, right = measure(both, mine), measure(both, theirs)
+            found.append({name: left[name] - right[name] for name in left})
+        return mean_over_seeds(found)
+
+    return chunked(differences, swap)

@@ -1,0 +1,84 @@
+"""A suite's own metrics have the same statistics as those of answers."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import items as own
+from bench import stats
+from bench.items import Items, means, points
+from bench.metrics import scored
+from bench.stats import bootstrap_weights, swaps
+from bench.suites import external, ranking
+from vitask.data import load
+from vitask.score import Prediction
+
+SPEC = load("retinamnist", source="phantom").spec
+
+
+def answers(seed: int, labels: np.ndarray):
+    log_p = np.log(np.random.default_rng(seed).dirichlet(np.ones(5), len(labels)))
+    return scored(SPEC, labels, Prediction("retinamnist", "candidates", log_p))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_share_of_right_answers_has_the_interval_and_permutations_of_accuracy(grouped):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, 60)
+    groups = np.array([f"patient {i // 3}" for i in range(60)]) if grouped else None
+    ours, theirs = ([answers(10 * method + s, labels) for s in range(2)] for method in (1, 2))
+    right = [
+        [Items({"accuracy": (a.predicted == labels).astype(float)}, groups) for a in method]
+        for method in (ours, theirs)
+    ]
+    weights, swap = bootstrap_weights("x", 60, groups), swaps("x", 60, groups)
+    expected = stats.resampled(ours, weights)["accuracy"]
+    np.testing.assert_allclose(own.resampled(right[0], means, weights)["accuracy"], expected)
+    expected = stats.permuted_differences(ours, theirs, swap)["accuracy"]
+    found = own.permuted_differences(right[0], right[1], means, swap)["accuracy"]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_referable_auc_is_the_auc_of_the_two_sides():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(1)
+    p, truth = rng.random(80).round(2), rng.integers(0, 2, 80).astype(float)
+    found = points(Items({"probability": p, "referable": truth}), external.measured)
+    assert found["referable_auc"][0] == pytest.approx(roc_auc_score(truth, p))
+    one_side = points(Items({"probability": p, "referable": np.ones(80)}), external.measured)
+    assert np.isnan(one_side["referable_auc"][0])
+
+
+@given(st.integers(0, 10_000))
+def test_ranking_numbers_are_those_of_the_drawn_images(seed):
+    """Weights are counts: the same as repeating images."""
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(seed)
+    values = {"positive": rng.random(12).round(1), "negative": rng.random(12).round(1)}
+    drawn = rng.integers(0, 12, 12)
+    weights = np.bincount(drawn, minlength=12)[None].astype(float)
+    found = ranking.measured(values, weights)
+    positive, negative = values["positive"][drawn], values["negative"][drawn]
+    truth = np.repeat([1, 0], 12)
+    auc = roc_auc_score(truth, np.concatenate([positive, negative]))
+    assert found["ranking_auc"][0] == pytest.approx(auc)
+    assert found["positive"][0] == pytest.approx(positive.mean())
+    shares = [
+        np.histogram(
+            np.minimum((side * ranking.BINS).astype(int), ranking.BINS - 1),
+            np.arange(ranking.BINS + 1),
+        )[0]
+        / 12
+        for side in (positive, negative)
+    ]
+    assert found["overlap"][0] == pytest.approx(np.minimum(*shares).sum())
+
+
+def test_a_record_keeps_what_items_are_measured_of():
+    items = Items({"a": np.array([0.123456789, 1.0])}, np.array(["p", "q"]))
+    again = Items.of(items.card())
+    assert again.values["a"].tolist() == [0.123457, 1.0]
+    assert again.groups.tolist() == ["p", "q"]
