@@ -56,7 +56,8 @@ def run(
         bool, typer.Option("--resume", help="Keep what a finished run of the same key has.")
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Throw away what is there, unfinished work too.")
+        bool,
+        typer.Option("--fresh", help="Throw away what these suites left there, and all models."),
     ] = False,
     allow_unverified: Unverified = "",
     trace: Annotated[
@@ -142,24 +143,22 @@ def _run(wanted: Sequence[str], plan: "Plan", *, resume: bool, fresh: bool) -> d
 
     logging.disable_progress_bar()  # one progress display is enough: ours
     failed: dict[str, str] = {}
-    jobs: list[Job] = []
+    jobs: list[Job] = []  # all data are checked before anything runs: a bad file stops here
     loaded: dict[Any, Any] = {}  # data that suites share
     for name in wanted:
         lacking = getattr(suite(name), "unavailable", lambda plan: None)(plan)
         if lacking and len(wanted) > 1:
             typer.echo(f"{name} is left out: {lacking}", err=True)
             continue
-        try:
-            jobs.append(Job.of(name, plan, loaded))
-        except Exception as error:
-            if len(wanted) == 1:
-                raise
-            failed[name] = _described(error)
+        jobs.append(Job.of(name, plan, loaded))
     cache: dict[Any, Any] = {}  # what suites compute in common
     units = sum(job.units for job in jobs) * len(plan.seeds)
     with runs.locked(plan.folder), Progress(units) as progress:
         if fresh:
-            runs.start_over(plan.folder)
+            runs.start_over(plan.folder, [job.name for job in jobs])
+        keys = {job.name: runs.run_key(job) for job in jobs}
+        stopped = runs.unfinished(plan.folder)
+        runs.note_unfinished(plan.folder, keys)
         for job in jobs:
             scaled = Scaled(progress, job.units / job.module.units(job.plan.recipe))
             try:
@@ -168,7 +167,7 @@ def _run(wanted: Sequence[str], plan: "Plan", *, resume: bool, fresh: bool) -> d
                     plan.folder,
                     scaled,
                     command=command_line(plan.roots, plan.out),
-                    resume=resume,
+                    resume=resume or stopped.get(job.name) == keys[job.name],
                     cache=cache,
                 )
                 progress.note(f"{job.name}: bootstrap, tests and tables")
@@ -178,6 +177,8 @@ def _run(wanted: Sequence[str], plan: "Plan", *, resume: bool, fresh: bool) -> d
                 failed[job.name] = _described(error)
                 continue
             progress.note(f"{job.name}: wrote {', '.join(map(str, written))}")
+        if not failed:
+            runs.note_unfinished(plan.folder, dict.fromkeys(keys))
     return failed
 
 
@@ -246,7 +247,7 @@ def verify(
 ) -> None:
     """Score again from the per-sample files and the data's labels; exit 1 on any difference."""
     from bench.plan import Job, plan_of
-    from bench.verify import differences
+    from bench.verify import differences, strays
 
     found = []
     for folder in _runs(folders, out):
@@ -263,6 +264,7 @@ def verify(
             found += [f"{folder}: {text}" for text in wrong]
             count = f"{len(records)} record(s) of {records[0].suite}"
             typer.echo(f"{folder}: {count}: {f'{len(wrong)} difference(s)' if wrong else 'ok'}")
+        found += [f"{folder}: {text}" for text in strays(folder)]
     for text in found:
         typer.echo(text, err=True)
     if found:
@@ -354,7 +356,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     given = split_names(text)
     if not given or not all(word.isdecimal() for word in given):
         raise UnknownName(f"--seeds is {text!r}; expected whole numbers such as 0,1,2")
-    return tuple(sorted(int(word) for word in given))
+    return tuple(sorted({int(word) for word in given}))
 
 
 def _in_order(names: Collection[str], own: Sequence[str]) -> tuple[str, ...]:

@@ -64,7 +64,8 @@ def check(
             continue
         parts = " / ".join(str(len(split)) for split in found.splits.values())
         note = "" if found.md5_ok else ", NOT the official file"
-        typer.echo(f"{name}: {parts} images, MD5 {found.md5}{note}")
+        face = "PHANTOM " if found.source == "phantom" else ""
+        typer.echo(f"{face}{name}: {parts} images, MD5 {found.md5}{note}")
         for line in duplicates(found).lines():
             typer.echo(f"  {line}")
     if bad:

@@ -30,7 +30,7 @@ class Items:
 
     def card(self) -> dict[str, Any]:
         """As a record keeps them."""
-        values = {name: np.round(array, DIGITS).tolist() for name, array in self.values.items()}
+        values = {n: np.round(a.astype(float), DIGITS).tolist() for n, a in self.values.items()}
         return {"values": values, "groups": None if self.groups is None else self.groups.tolist()}
 
     @classmethod

@@ -49,10 +49,13 @@ class Inputs(NamedTuple):
             return torch.randn(*shape, generator=generator, device=device)
 
         base = normal(rows, hidden)
+        branches = (base, base + 0.3 * normal(rows, hidden), base + 0.5 * normal(rows, hidden))
+        # Copies: in float32 `to` would give back the base, and the others would hang on its graph.
+        own, exemplar, negative = (b.to(dtype, copy=True).requires_grad_() for b in branches)
         return cls(
-            hidden=base.to(dtype).requires_grad_(),
-            exemplar=(base + 0.3 * normal(rows, hidden)).to(dtype).requires_grad_(),
-            negative=(base + 0.5 * normal(rows, hidden)).to(dtype).requires_grad_(),
+            hidden=own,
+            exemplar=exemplar,
+            negative=negative,
             weight=(normal(vocab, hidden) / hidden**0.5).to(dtype),
             labels=torch.randint(vocab, (rows,), generator=generator, device=device),
         )

@@ -39,6 +39,8 @@ def predict_folder(
     frame = pd.DataFrame(probability, columns=list(task.candidates.texts))
     frame.insert(0, "generated", model.write(name, tokens))
     frame.insert(0, "answer", [task.candidates.texts[i] for i in probability.argmax(1)])
+    if "phantom" in task.spec.source:  # on the face of everything made from it
+        frame.insert(0, "trained_on", "PHANTOM data")
     frame.insert(0, "file", [p.relative_to(folder).as_posix() for p in files])
     return frame
 
@@ -48,7 +50,21 @@ def read_image(path: Path, size: int, channels: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             mode = "RGB" if channels == 3 else "L"
-            resized = image.convert(mode).resize((size, size), Image.Resampling.BICUBIC)
+            seen = _eight_bit(path, image).convert(mode)
+            resized = seen.resize((size, size), Image.Resampling.BICUBIC)
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path} is no readable image ({error})") from error
     return np.asarray(resized, dtype=np.uint8)
+
+
+def _eight_bit(path: Path, image: Image.Image) -> Image.Image:
+    """An image of 16 bits a pixel reduced to 8; Pillow itself would cut its values off at 255."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(
+            f"{path} has mode {image.mode} with values from {values.min()} to {values.max()}; "
+            "expected 8 or 16 bits a pixel: convert it first"
+        )
+    return Image.fromarray((values / 257).round().astype(np.uint8))

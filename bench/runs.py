@@ -1,8 +1,9 @@
 """A run: which folder, what is done already, what is missing, and doing it.
 
 Every (suite, method, seed) is written as soon as it exists. A run that was killed continues when
-it is started again, and ends with the same files; a finished one is computed again unless
-`resume` is wanted, `fresh` throws away what is there.
+it is started again, and ends with the same files: `unfinished.json` names the suites of a command
+until all of them have their tables. A finished run is computed again unless `resume` is wanted;
+`fresh` throws away what is there.
 """
 
 import fcntl
@@ -10,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from bench.suites import Context, Outcome
 from vitask.data.spec import Dataset
 from vitask.prompts import candidates
 
+UNFINISHED = "unfinished.json"
 PARTS = ("records", "samples", "checkpoints", "official")  # folders of a run
 
 
@@ -73,11 +75,63 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON ({error}); remove the folder or use --fresh") from None
 
 
-def start_over(folder: Path) -> None:
-    """Throw away everything that runs have left in a folder."""
-    for part in PARTS:
-        shutil.rmtree(folder / part, ignore_errors=True)
-    (folder / "run.json").unlink(missing_ok=True)
+def start_over(folder: Path, suites: Sequence[str]) -> None:
+    """Throw away what runs of these suites have left in a folder, and all models."""
+    manifest = read_manifest(folder)
+    for name in suites:
+        _discard(folder, name)
+        manifest.pop(name, None)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    _write_manifest(folder, manifest)
+
+
+def unfinished(folder: Path) -> dict[str, str]:
+    """Suites of commands that were stopped before they ended -> key of their run."""
+    path = folder / UNFINISHED
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def note_unfinished(folder: Path, runs: Mapping[str, str | None]) -> None:
+    """Remember runs that begin (suite -> key) or forget those that ended (suite -> None)."""
+    known: dict[str, str | None] = {**unfinished(folder), **runs}
+    left = {name: key for name, key in known.items() if key is not None}
+    if left:
+        write_text(folder / UNFINISHED, json.dumps(left, indent=1) + "\n")
+    else:
+        (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def record_keys(job: Job) -> dict[tuple[str, int], str]:
+    """Content key of each method and seed."""
+    return {
+        (method, seed): content_key(
+            job.identity() | {"suite": job.name, "method": method, "seed": seed}
+        )
+        for seed in job.plan.seeds
+        for method in job.module.METHODS
+    }
+
+
+def run_key(job: Job) -> str:
+    """Of the whole: equal keys end with the same records."""
+    keys = record_keys(job).items()
+    return content_key({record_name(job.name, *which): key for which, key in keys})
+
+
+@dataclass
+class _Counted:
+    """Passes on what work tells of itself, and adds it up."""
+
+    whole: Advancing
+    units: float = 0.0
+
+    def advance(self, units: float, text: str) -> None:
+        self.units += units
+        self.whole.advance(units, text)
+
+    def note(self, text: str) -> None:
+        self.whole.note(text)
 
 
 def run_suite(
@@ -93,14 +147,7 @@ def run_suite(
     import torch
 
     module, name, plan = job.module, job.name, job.plan
-    keys = {
-        (method, seed): content_key(
-            job.identity() | {"suite": name, "method": method, "seed": seed}
-        )
-        for seed in plan.seeds
-        for method in module.METHODS
-    }
-    run = _Run(job, folder, keys, command)
+    run = _Run(job, folder, record_keys(job), command)
     run.begin(progress, resume=resume)
     context = Context(
         suite=name,
@@ -116,17 +163,18 @@ def run_suite(
     )
     for seed in plan.seeds:
         missing = run.missing(seed)
-        done = len(module.METHODS) - len(missing)
-        if done:
-            share = module.units(plan.recipe) * done / len(module.METHODS)
+        context.progress = told = _Counted(progress)
+        if done := len(module.METHODS) - len(missing):
             progress.note(f"{name}, seed {seed}: {done} of {len(module.METHODS)} methods are there")
-        if not missing:
-            progress.advance(share, f"{name}, seed {seed}")
-            continue
-        start = time.perf_counter()
-        for outcome in module.run(context, seed, missing):
-            run.write(outcome, seed, round(time.perf_counter() - start, 2))
+        if missing:
+            records.reset_peak()
             start = time.perf_counter()
+            for outcome in module.run(context, seed, missing):
+                run.write(outcome, seed, round(time.perf_counter() - start, 2))
+                records.reset_peak()
+                start = time.perf_counter()
+        if (rest := module.units(plan.recipe) - told.units) > 1e-6:  # of methods that were there
+            progress.advance(rest, f"{name}, seed {seed}")
     run.end()
     return read_records(folder, name)
 
@@ -152,7 +200,7 @@ class _Run:
         """Go on with what is there, or throw it away, and say in the manifest what will be."""
         name = self.job.name
         names = [record_name(name, method, seed) for method, seed in self.keys]
-        key = content_key(dict(zip(names, self.keys.values(), strict=True)))
+        key = run_key(self.job)
         self.manifest = read_manifest(self.folder)
         before = self.manifest.get(name, {})
         continues = before.get("key") == key and not before.get("finished")
@@ -269,8 +317,12 @@ def _there(folder: Path, suite_name: str, method: str, seed: int, key: str) -> b
 
 def _discard(folder: Path, suite_name: str) -> None:
     """Remove a suite's records, and the models made for it, before it is computed again."""
-    for part, ending in (("records", "json"), ("samples", "parquet")):
-        for path in (folder / part).glob(f"{suite_name}-*-seed*.{ending}"):
+    for place, pattern in (
+        ("records", f"{suite_name}-*-seed*.json"),
+        ("samples", f"{suite_name}-*-seed*.parquet"),
+        ("official", f"*@{suite_name}-*-seed*.csv"),
+    ):
+        for path in (folder / place).glob(pattern):
             path.unlink()
     discard_of(folder / "checkpoints", suite_name)
 

@@ -44,6 +44,20 @@ def differences(folder: Path, records: list[Record], datasets: Mapping[str, Data
     return found
 
 
+def strays(folder: Path) -> list[str]:
+    """Records and samples that no run of the folder owns, and a folder without any run."""
+    manifest = read_manifest(folder)
+    if not manifest:
+        return ["run.json names no run; start one again, or remove the folder"]
+    owned = {name for entry in manifest.values() for name in entry["records"]}
+    files = [*(folder / "records").glob("*.json"), *(folder / "samples").glob("*.parquet")]
+    return [
+        f"{path.parent.name}/{path.name} belongs to no run"
+        for path in sorted(files)
+        if path.stem not in owned
+    ]
+
+
 def _manifest(folder: Path, records: list[Record]) -> list[str]:
     entry = read_manifest(folder)[records[0].suite]
     if not entry["finished"]:

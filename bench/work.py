@@ -239,13 +239,12 @@ class Work:
     ) -> Iterator[Outcome]:
         """The wanted ones of two methods, one model answering without and with its exemplar.
 
-        Where both are wanted, one pass scores them.
+        One pass scores both, also where one is wanted: a run that continues gives the same bits.
         """
-        ways = dict(zip(methods, (None, tuned.exemplar), strict=True))
-        asked = {method: way for method, way in ways.items() if method in wanted}
-        found = self._predictions(tuned.model, tuple(asked.values()), write)
-        for method, predictions in zip(asked, found, strict=True):
-            yield self.answers(method, predictions, tuned.note)
+        found = self._predictions(tuned.model, (None, tuned.exemplar), write)
+        for method, predictions in zip(methods, found, strict=True):
+            if method in wanted:
+                yield self.answers(method, predictions, tuned.note)
 
     def _predictions(
         self, model: VITask, ways: Sequence[Features | None], write: bool

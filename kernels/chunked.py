@@ -32,8 +32,9 @@ def chunked_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None = No
     branches = 1 + bool(negatives) + bool(len(problem.exemplar))
     size = max(MIN_ROWS, LOGIT_BYTES // (branches * vocab * dtype.itemsize))
     use = counted(problem.labels).nonzero()[:, 0]  # ignored rows are not even projected
-    buffer = torch.empty(branches * min(size, len(use)), vocab, dtype=dtype)
-    for chunk in use.split(size):
+    parts = max(1, -(-len(use) // size))  # of one size: each reads the whole head
+    buffer = torch.empty(branches * -(-len(use) // parts), vocab, dtype=dtype)
+    for chunk in use.tensor_split(parts):
         negative, exemplar = problem.negative_of[chunk], problem.exemplar_of[chunk]
         inputs = torch.cat(
             [
@@ -138,26 +139,31 @@ def _losses(block: _Block, delta: Tensor) -> tuple[Tensor, _State]:
     """Losses (4, rows). Leaves exp(x - max) of a, b and d in the places of a, b and n."""
     a, n, b = block.a, block.n, block.b
     losses = torch.zeros(4, len(a), dtype=a.dtype)
-    a_y, b_y = a.gather(1, block.y), b.gather(1, block.of_b(block.y))
-    torch.sub(block.of_b(a), b, out=delta)
-    d = torch.sub(block.of_n(a), n, out=n)
-    d_y = d.gather(1, block.of_n(block.y))
+    sum_b = sum_d = mean_delta = a.new_empty(0, 1)
+    a_y = a.gather(1, block.y)
+    if len(b):
+        torch.sub(block.of_b(a), b, out=delta)
+    if len(n):
+        d = torch.sub(block.of_n(a), n, out=n)
+        d_y = d.gather(1, block.of_n(block.y))
+        max_d, sum_d = _exponentials(d)
+        losses[3, block.with_n] = (max_d - d_y + sum_d.log())[:, 0]
     max_a, sum_a = _exponentials(a)
-    max_b, sum_b = _exponentials(b)
-    max_d, sum_d = _exponentials(d)
-    mean_delta = torch.linalg.vecdot(block.of_b(a), delta)[:, None] / block.of_b(sum_a)
-    # One logarithm of a ratio near 1, not two of large sums: student and teacher nearly agree.
-    rda = mean_delta - (block.of_b(max_a) - max_b) - (block.of_b(sum_a) / sum_b).log()
     losses[0] = (max_a - a_y + sum_a.log())[:, 0]
-    losses[1, block.with_b] = (max_b - b_y + sum_b.log())[:, 0]
-    losses[2, block.with_b] = rda[:, 0]
-    losses[3, block.with_n] = (max_d - d_y + sum_d.log())[:, 0]
+    if len(b):
+        b_y = b.gather(1, block.of_b(block.y))
+        max_b, sum_b = _exponentials(b)
+        mean_delta = torch.linalg.vecdot(block.of_b(a), delta)[:, None] / block.of_b(sum_a)
+        # One logarithm of a ratio near 1, not two of large sums: both nearly agree.
+        rda = mean_delta - (block.of_b(max_a) - max_b) - (block.of_b(sum_a) / sum_b).log()
+        losses[1, block.with_b] = (max_b - b_y + sum_b.log())[:, 0]
+        losses[2, block.with_b] = rda[:, 0]
     return losses, _State(sum_a, sum_b, sum_d, delta, mean_delta)
 
 
 def _exponentials(x: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum and sum of exp(x - maximum), (rows, 1) each; x becomes these exponentials."""
-    top = x.amax(dim=-1, keepdim=True) if x.numel() else x[:, :1]
+    top = x.amax(dim=-1, keepdim=True)
     x.sub_(top).exp_()
     return top, x.sum(dim=-1, keepdim=True)
 
@@ -166,20 +172,25 @@ def _gradients(block: _Block, state: _State, factors: list[float], detach: bool)
     """Turn the exponentials in the places of a, b and n into da + dd, db and -dd."""
     a, n, b, y = block.a, block.n, block.b, block.y
     f_v, f_e, f_k, f_c = factors
-    sum_a = block.of_b(state.sum_a)
-    b.mul_((f_e if detach else f_e + f_k) / state.sum_b)
-    if not detach:
-        b.sub_(block.of_b(a) * (f_k / sum_a))
-    b.scatter_add_(1, block.of_b(y), b.new_full((len(b), 1), -f_e))
-    # da = p ⊙ (f_v + f_k (δ - E_p[δ])) - f_v e_y
-    slope = state.delta.mul_(f_k / sum_a).add_((f_v - f_k * state.mean_delta) / sum_a)
-    if len(b) == len(a):
-        a.mul_(slope)
-    else:
-        with_b = block.of_b(a).mul_(slope)
+    if not len(b):
         a.mul_(f_v / state.sum_a)
-        a[block.with_b] = with_b
+    else:
+        sum_a = block.of_b(state.sum_a)
+        b.mul_((f_e if detach else f_e + f_k) / state.sum_b)
+        if not detach:
+            b.sub_(block.of_b(a) * (f_k / sum_a))
+        b.scatter_add_(1, block.of_b(y), b.new_full((len(b), 1), -f_e))
+        # da = p ⊙ (f_v + f_k (δ - E_p[δ])) - f_v e_y
+        slope = state.delta.mul_(f_k / sum_a).add_((f_v - f_k * state.mean_delta) / sum_a)
+        if len(b) == len(a):
+            a.mul_(slope)
+        else:
+            with_b = block.of_b(a).mul_(slope)
+            a.mul_(f_v / state.sum_a)
+            a[block.with_b] = with_b
     a.scatter_add_(1, y, a.new_full((len(a), 1), -f_v))
+    if not len(n):
+        return
     n.mul_(-f_c / state.sum_d)
     n.scatter_add_(1, block.of_n(y), n.new_full((len(n), 1), f_c))
     if len(n) == len(a):

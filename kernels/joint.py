@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from kernels.chunked import chunked_rows
-from kernels.problem import Problem, Wanted, counted, slots
-from kernels.rows import triton_rows
+from kernels.problem import Problem, RowResult, Wanted, check_values, counted, slots
 
-IMPLEMENTATIONS = {"cpu": chunked_rows, "triton": triton_rows}
+
+def _rows(
+    implementation: str, problem: Problem, wanted: Wanted, row_scale: Tensor | None = None
+) -> RowResult:
+    """What the named implementation computes, in its own dtypes whatever autocast says."""
+    with torch.autocast(problem.hidden.device.type, enabled=False):
+        if implementation == "cpu":
+            return chunked_rows(problem, wanted, row_scale)
+        from kernels.rows import triton_rows  # where there is no Triton, the rest works
+
+        return triton_rows(problem, wanted, row_scale)
 
 
 @torch.library.custom_op("vitask::joint_loss", mutates_args=())
@@ -37,14 +46,16 @@ def joint_loss(
     weights: of response, exemplar, rda and crt in the total. Absent branches have no rows.
     wanted:  the fields of `Wanted`. Gradients are those of the total (without `mean`: of its
              sum), in the dtype that is computed in. Without `mean` the head's own gradient
-             depends on what comes from above and is left to `head_gradient`.
+             depends on what comes from above and is left to the backward pass.
     """
+    if implementation == "cpu":  # here, so that compiled graphs raise as well
+        check_values(labels, weight, hidden, exemplar_rows, negative_rows)
     problem = _problem(
         hidden, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows, weight, labels,
         weights, detach_exemplar, mean,
     )  # fmt: skip
     want = Wanted(*wanted)
-    result = IMPLEMENTATIONS[implementation](problem, want if mean else want._replace(weight=False))
+    result = _rows(implementation, problem, want if mean else want._replace(weight=False))
     losses = result.losses
     row_gradient = losses.new_empty(0, hidden.shape[1]) if result.hidden is None else result.hidden
     head_gradient = losses.new_empty(0) if result.weight is None else result.weight
@@ -63,10 +74,17 @@ def joint_loss_backward(
     row_gradient: Tensor,
     head_gradient: Tensor,
     hidden: Tensor,
+    exemplar_hidden: Tensor,
     exemplar_rows: Tensor | None,
     negative_hidden: Tensor,
     negative_rows: Tensor | None,
     weight: Tensor,
+    labels: Tensor,
+    weights: Sequence[float],
+    detach_exemplar: bool,
+    mean: bool,
+    wanted: Sequence[bool],
+    implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, exemplar, negative rows and head; empty for those not computed."""
     per_row = above.expand(len(hidden))
@@ -79,38 +97,25 @@ def joint_loss_backward(
 
     ends = (len(hidden), len(hidden) + len(negative_hidden))
     base, negative, exemplar = row_gradient.tensor_split(ends)
+    if not wanted[Wanted._fields.index("weight")]:
+        of_weight = weight.new_empty(0)
+    elif mean:  # `above` is one number
+        of_weight = (head_gradient * above).to(weight.dtype)
+    else:  # each row's part is scaled by its own: computed anew
+        problem = _problem(
+            hidden, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows, weight, labels,
+            weights, detach_exemplar, mean,
+        )  # fmt: skip
+        only = Wanted(hidden=False, exemplar=False, weight=True)
+        anew = _rows(implementation, problem, only, above.to(problem.dtype)).weight
+        assert anew is not None
+        of_weight = anew.to(weight.dtype)
     return (
         scaled(base, None),
         scaled(exemplar, exemplar_rows),
         scaled(negative, negative_rows),
-        # Only the mean comes with the head's gradient; there `above` is one number.
-        (head_gradient * above).to(weight.dtype) if len(head_gradient) else weight.new_empty(0),
+        of_weight,
     )
-
-
-@torch.library.custom_op("vitask::joint_loss_head_gradient", mutates_args=())
-def head_gradient_per_row(
-    above: Tensor,
-    hidden: Tensor,
-    exemplar_hidden: Tensor,
-    exemplar_rows: Tensor | None,
-    negative_hidden: Tensor,
-    negative_rows: Tensor | None,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Sequence[float],
-    detach_exemplar: bool,
-    implementation: str,
-) -> Tensor:
-    """The head's gradient (vocab, H) for losses per row, each scaled by `above` (rows,)."""
-    problem = _problem(
-        hidden, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows, weight, labels,
-        weights, detach_exemplar, False,
-    )  # fmt: skip
-    wanted = Wanted(hidden=False, exemplar=False, weight=True)
-    result = IMPLEMENTATIONS[implementation](problem, wanted, above.to(problem.dtype))
-    assert result.weight is not None
-    return result.weight.to(weight.dtype)
 
 
 def _problem(
@@ -191,23 +196,6 @@ def _(
     row_gradient: Tensor,
     head_gradient: Tensor,
     hidden: Tensor,
-    exemplar_rows: Tensor | None,
-    negative_hidden: Tensor,
-    negative_rows: Tensor | None,
-    weight: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    counts: tuple[int, ...] = (0, 0, 0)
-    if len(row_gradient) > 0:
-        exemplars = len(row_gradient) - len(hidden) - len(negative_hidden)
-        counts = (len(hidden), exemplars, len(negative_hidden))
-    gradients = (hidden.new_empty(count, hidden.shape[1]) for count in counts)
-    return *gradients, weight.new_empty(head_gradient.shape)
-
-
-@head_gradient_per_row.register_fake
-def _(
-    above: Tensor,
-    hidden: Tensor,
     exemplar_hidden: Tensor,
     exemplar_rows: Tensor | None,
     negative_hidden: Tensor,
@@ -216,9 +204,16 @@ def _(
     labels: Tensor,
     weights: Sequence[float],
     detach_exemplar: bool,
+    mean: bool,
+    wanted: Sequence[bool],
     implementation: str,
-) -> Tensor:
-    return torch.empty_like(weight)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    counts: tuple[int, ...] = (0, 0, 0)
+    if len(row_gradient) > 0:
+        exemplars = len(row_gradient) - len(hidden) - len(negative_hidden)
+        counts = (len(hidden), exemplars, len(negative_hidden))
+    gradients = (hidden.new_empty(count, hidden.shape[1]) for count in counts)
+    return *gradients, weight.new_empty(weight.shape if Wanted(*wanted).weight else (0,))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -227,26 +222,22 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.mark_non_differentiable(parts, row_gradient, head_gradient)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, row_gradient, head_gradient)
-    ctx.settings = weights, detach_exemplar, implementation
-    ctx.mean, ctx.wanted = mean, Wanted(*wanted)
+    ctx.settings = weights, detach_exemplar, mean, wanted, implementation
+    ctx.wanted = Wanted(*wanted)
 
 
 def _backward(ctx: Any, above: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if above is None:
         return (None,) * 12
     *tensors, row_gradient, head_gradient = ctx.saved_tensors
-    hidden, _, exemplar_rows, negative_hidden, negative_rows, weight, _ = tensors
     of_hidden, of_exemplar, of_negative, of_weight = joint_loss_backward(
-        above, row_gradient, head_gradient,
-        hidden, exemplar_rows, negative_hidden, negative_rows, weight,
-    )  # fmt: skip
-    if ctx.wanted.weight and not ctx.mean:
-        of_weight = head_gradient_per_row(above, *tensors, *ctx.settings)
+        above, row_gradient, head_gradient, *tensors, *ctx.settings
+    )
     return (
         of_hidden if ctx.wanted.hidden else None,
         of_exemplar if ctx.wanted.exemplar else None,
         None,
-        of_negative if ctx.wanted.hidden and len(negative_hidden) else None,
+        of_negative if ctx.wanted.hidden and len(tensors[3]) else None,
         None,
         of_weight if ctx.wanted.weight else None,
         *(None,) * 6,

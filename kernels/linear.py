@@ -14,10 +14,11 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.joint import joint_loss
-from kernels.problem import counted
-from kernels.reference import IGNORE_INDEX, Reduction
+from kernels.problem import check_values, counted
+from kernels.reference import Reduction
 
 Implementation = Literal["reference", "cpu", "triton"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it, at import
 
 
@@ -148,11 +149,14 @@ def _losses(
         raise ValueError(f"reduction is {reduction!r}; expected 'mean' or 'none'")
     chosen: Implementation = implementation or ("triton" if hidden.is_cuda else "cpu")
     _check_implementation(chosen, hidden)
+    if chosen != "cpu" and not (torch.compiler.is_compiling() or labels.is_meta):
+        check_values(labels, weight, hidden, exemplar_rows, negative_rows)
     if chosen == "reference":
-        return _reference(
-            hidden, weight, labels, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows,
-            weights, detach_exemplar, reduction,
-        )  # fmt: skip
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _reference(
+                hidden, weight, labels, exemplar_hidden, exemplar_rows, negative_hidden,
+                negative_rows, weights, detach_exemplar, reduction,
+            )  # fmt: skip
     grad = torch.is_grad_enabled()
     wanted = (
         grad and (hidden.requires_grad or negative_hidden.requires_grad),
@@ -218,25 +222,19 @@ def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
             f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}; "
             "expected (rows, hidden) and (vocab, hidden)"
         )
-    if not hidden.is_floating_point() or weight.dtype != hidden.dtype:
+    if hidden.dtype not in DTYPES or weight.dtype != hidden.dtype:
         raise ValueError(
-            f"hidden has dtype {hidden.dtype}, weight {weight.dtype}; expected the same floating "
-            "dtype: cast one of them"
+            f"hidden has dtype {hidden.dtype}, weight {weight.dtype}; expected the same of "
+            f"{', '.join(map(str, DTYPES))}: cast one of them"
         )
+    if len(weight) == 0:
+        raise ValueError("weight has no rows; expected one for each token of the vocabulary")
     if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; "
             f"expected ({len(hidden)},), one for each row of hidden, and torch.int64"
         )
     _same_device(hidden, weight=weight, labels=labels)
-    if torch.compiler.is_compiling() or labels.is_cuda or labels.is_meta:
-        return  # looking at values would break the graph or stall the stream
-    wrong = labels[counted(labels) & ((labels < 0) | (labels >= len(weight)))]
-    if wrong.numel():
-        raise ValueError(
-            f"label {int(wrong[0])} lies outside the vocabulary of {len(weight)}; "
-            f"expected 0 to {len(weight) - 1}, or {IGNORE_INDEX} for an ignored row"
-        )
 
 
 def _branch(name: str, branch: Tensor | None, rows: Tensor | None, hidden: Tensor) -> Tensor:
@@ -260,14 +258,6 @@ def _branch(name: str, branch: Tensor | None, rows: Tensor | None, hidden: Tenso
             f"({len(branch)},), one number for each row of {name}_hidden, and torch.int64"
         )
     _same_device(hidden, **{f"{name}_rows": rows})
-    if not (torch.compiler.is_compiling() or rows.is_cuda or rows.is_meta):
-        outside = rows[(rows < 0) | (rows >= len(hidden))]
-        if outside.numel():
-            raise ValueError(
-                f"{name}_rows names row {int(outside[0])} of hidden, which has {len(hidden)} rows"
-            )
-        if len(rows.unique()) != len(rows):
-            raise ValueError(f"{name}_rows names a row of hidden twice; expected each once")
     return branch
 
 

@@ -100,3 +100,32 @@ def slots(rows: Tensor | None, count: int, hidden: Tensor) -> Tensor:
 def counted(labels: Tensor) -> Tensor:
     """(rows,) bool: the rows that are part of a loss."""
     return labels != IGNORE_INDEX
+
+
+def check_values(
+    labels: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    exemplar_rows: Tensor | None,
+    negative_rows: Tensor | None,
+) -> None:
+    """ValueError for labels and row numbers that name nothing; on CUDA nobody looks at them, for
+    that would stall the stream."""
+    if labels.is_cuda:
+        return
+    wrong = labels[counted(labels) & ((labels < 0) | (labels >= len(weight)))]
+    if wrong.numel():
+        raise ValueError(
+            f"label {int(wrong[0])} lies outside the vocabulary of {len(weight)}; "
+            f"expected 0 to {len(weight) - 1}, or {IGNORE_INDEX} for an ignored row"
+        )
+    for name, rows in (("exemplar_rows", exemplar_rows), ("negative_rows", negative_rows)):
+        if rows is None:
+            continue
+        outside = rows[(rows < 0) | (rows >= len(hidden))]
+        if outside.numel():
+            raise ValueError(
+                f"{name} names row {int(outside[0])} of hidden, which has {len(hidden)} rows"
+            )
+        if len(rows.unique()) != len(rows):
+            raise ValueError(f"{name} names a row of hidden twice; expected each once")

@@ -8,6 +8,8 @@ product brings them back to hidden rows. Formulas: `kernels/problem.py`.
 Where rows are fewer than multiprocessors, several programs share the vocabulary of a row.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -19,13 +21,14 @@ from kernels.reference import IGNORE_INDEX
 BLOCK = 2048  # columns a step: 8 per thread and branch, which leaves no register spilled
 WARPS = 8
 ALIGN = 64  # elements; a row of odd length would leave the fast paths of the products
+FLOAT16_EXPONENT = 10  # of the largest scaled factor: 2^6 below overflow, 2^24 above underflow
 STATISTICS = 7  # per row: max and sum of a, of b and of d, and Σ e^(a - max)(a - b)
 
 # Multiplications and additions are not contracted: the default differs between Triton versions.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "negatives"])  # a kernel for each number of rows is slow
 def statistics_kernel(
     logits,  # (rows + negatives + exemplars, stride) float32
     labels,  # (rows,) int64
@@ -35,7 +38,7 @@ def statistics_kernel(
     rows,
     negatives,
     vocab,
-    stride,
+    stride,  # of logits, a multiple of ALIGN
     IGNORE: tl.constexpr,
     STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -52,8 +55,10 @@ def statistics_kernel(
     n_row = logits + (rows + tl.maximum(negative, 0)).to(tl.int64) * stride
     b_row = logits + (rows + negatives + tl.maximum(exemplar, 0)).to(tl.int64) * stride
 
-    share = tl.cdiv(tl.cdiv(vocab, BLOCK), splits) * BLOCK
-    stop = tl.minimum((split + 1) * share, vocab)
+    # Loads end with the padded row, whose length is a multiple of 16: up to the vocabulary itself,
+    # of any length, they could not be made in vectors. What padding holds is cut off by `inside`.
+    share = tl.cdiv(tl.cdiv(stride, BLOCK), splits) * BLOCK
+    stop = tl.minimum((split + 1) * share, stride)
     # A branch that the row has not got ends before it begins: it is not read and costs nothing.
     n_stop = tl.where(negative >= 0, stop, 0)
     b_stop = tl.where(exemplar >= 0, stop, 0)
@@ -67,10 +72,10 @@ def statistics_kernel(
     sum_delta = 0.0
     for start in range(split * share, stop, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        inside = columns < stop
-        a = tl.load(a_row + columns, mask=inside, other=0.0)
-        n = tl.load(n_row + columns, mask=columns < n_stop, other=0.0)
-        b = tl.load(b_row + columns, mask=columns < b_stop, other=0.0)
+        inside = columns < vocab
+        a = tl.where(inside, tl.load(a_row + columns, mask=columns < stop, other=0.0), 0.0)
+        n = tl.where(inside, tl.load(n_row + columns, mask=columns < n_stop, other=0.0), 0.0)
+        b = tl.where(inside, tl.load(b_row + columns, mask=columns < b_stop, other=0.0), 0.0)
         delta = a - b
         d = tl.where(inside, a - n, -1.0e30)
         a = tl.where(inside, a, -1.0e30)
@@ -99,7 +104,7 @@ def statistics_kernel(
     tl.store(out + 6, sum_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "negatives"])  # a kernel for each number of rows is slow
 def gradient_kernel(
     logits,  # (rows + negatives + exemplars, stride) float32
     gradient,  # (.., gradient_stride) in the head's dtype, out; may be the memory of `logits`
@@ -107,7 +112,7 @@ def gradient_kernel(
     negative_of,
     exemplar_of,
     partial,  # (rows, splits, STATISTICS)
-    factors,  # (4,) float32: response, exemplar, rda, crt
+    factors,  # (4,) float32: response, exemplar, rda, crt, scaled for the head's dtype
     losses,  # (4, rows) float32, out
     rows,
     negatives,
@@ -191,15 +196,19 @@ def gradient_kernel(
         a_out = gradient + row.to(tl.int64) * gradient_stride
         n_out = gradient + n_number * gradient_stride
         b_out = gradient + b_number * gradient_stride
-        share = tl.cdiv(tl.cdiv(vocab, BLOCK), SPLITS) * BLOCK
-        stop = tl.minimum((split + 1) * share, vocab)
+        share = tl.cdiv(tl.cdiv(stride, BLOCK), SPLITS) * BLOCK
+        stop = tl.minimum((split + 1) * share, stride)
         n_stop = tl.where(has_n, stop, 0)
         b_stop = tl.where(has_b, stop, 0)
         for start in range(split * share, stop, BLOCK):
             columns = start + tl.arange(0, BLOCK)
+            inside = columns < vocab
             a = tl.load(a_row + columns, mask=columns < tl.where(use, stop, 0), other=0.0)
             n = tl.load(n_row + columns, mask=columns < tl.where(use, n_stop, 0), other=0.0)
             b = tl.load(b_row + columns, mask=columns < tl.where(use, b_stop, 0), other=0.0)
+            a = tl.where(inside, a, 0.0)
+            n = tl.where(inside, n, 0.0)
+            b = tl.where(inside, b, 0.0)
             hit = tl.where(columns == label, 1.0, 0.0)
             p = tl.exp(a - max_a) / sum_a
             r = tl.exp(a - n - max_d) / sum_d
@@ -239,9 +248,11 @@ def triton_rows(
     splits = splits or _splits(rows, hidden.device)
     with_exemplar = wanted.exemplar or wanted.weight
     gradient = _gradient_memory(logits, weight.dtype, in_place=splits == 1) if any(wanted) else None
+    scale = _gradient_scale(problem.factors, weight.dtype)
     if rows:
         _product(inputs, weight.T, logits[:, :vocab])
-        _launch(problem, logits, gradient, losses, splits, with_exemplar=with_exemplar)
+        factors = problem.factors if scale is None else problem.factors * scale
+        _launch(problem, logits, gradient, losses, factors, splits, with_exemplar=with_exemplar)
 
     # A row that no base row owns (its number outside, or given twice) is a mistake that cannot be
     # raised without stalling the stream: its loss is NaN.
@@ -256,18 +267,23 @@ def triton_rows(
     if gradient is not None:
         gradient = gradient[:, :vocab]
         labels = problem.labels
-        # The gradients of unused rows are 0 already; masked, since 0 times a NaN would be NaN.
+        # Unused rows have gradient 0, and are masked since 0 times a NaN would be NaN. A row
+        # without owner, whose loss is NaN, has none: the head's gradient is then worthless too.
         unused = ~_of_all((labels >= 0) & (labels < vocab), problem)[:, None]
         if wanted.hidden or wanted.exemplar:
             kept = len(inputs) if wanted.exemplar else rows + negatives
             of_hidden = torch.empty(kept, hidden.shape[1], **float32)
             _product(gradient[:kept], weight, of_hidden)
             of_hidden.masked_fill_(unused[:kept], 0)
+            if scale is not None:
+                of_hidden.div_(scale)
         if wanted.weight:
             if row_scale is not None:
                 inputs = (inputs * _of_all(row_scale, problem)[:, None]).to(weight.dtype)
             of_weight = torch.empty(weight.shape, **float32)
             _product(gradient.T, inputs.masked_fill(unused, 0), of_weight)
+            if scale is not None:
+                of_weight.div_(scale)
     return RowResult(losses, of_hidden, of_weight)
 
 
@@ -276,6 +292,7 @@ def _launch(
     logits: Tensor,
     gradient: Tensor | None,
     losses: Tensor,
+    factors: Tensor,
     splits: int,
     *,
     with_exemplar: bool,
@@ -284,19 +301,22 @@ def _launch(
     rows, negatives, vocab = len(problem.hidden), len(problem.negative), len(problem.weight)
     partial = logits.new_empty(rows, splits, STATISTICS)
     sizes = (rows, negatives, vocab, logits.stride(0))
-    block = min(BLOCK, triton.next_power_of_2(vocab))
+    block = min(BLOCK, triton.next_power_of_2(logits.stride(0)))
     own = (problem.labels.contiguous(), problem.negative_of, problem.exemplar_of)
     grid = (rows, splits)
-    statistics_kernel[grid](
-        logits, *own, partial, *sizes,
-        IGNORE=IGNORE_INDEX, STATISTICS=STATISTICS, BLOCK=block, **OPTIONS,
-    )  # fmt: skip
     out = logits if gradient is None else gradient
-    gradient_kernel[grid](
-        logits, out, *own, partial, problem.factors, losses, *sizes, out.stride(0),
-        IGNORE=IGNORE_INDEX, STATISTICS=STATISTICS, SPLITS=splits, GRADIENT=gradient is not None,
-        EXEMPLAR_GRADIENT=with_exemplar, DETACH=problem.detach_exemplar, BLOCK=block, **OPTIONS,
-    )  # fmt: skip
+    # Triton launches on the current device, whichever tensors it is given.
+    with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+        statistics_kernel[grid](
+            logits, *own, partial, *sizes,
+            IGNORE=IGNORE_INDEX, STATISTICS=STATISTICS, BLOCK=block, **OPTIONS,
+        )  # fmt: skip
+        gradient_kernel[grid](
+            logits, out, *own, partial, factors, losses, *sizes, out.stride(0),
+            IGNORE=IGNORE_INDEX, STATISTICS=STATISTICS, SPLITS=splits,
+            GRADIENT=gradient is not None, EXEMPLAR_GRADIENT=with_exemplar,
+            DETACH=problem.detach_exemplar, BLOCK=block, **OPTIONS,
+        )  # fmt: skip
 
 
 def _splits(rows: int, device: torch.device) -> int:
@@ -310,6 +330,15 @@ def _splits(rows: int, device: torch.device) -> int:
 def _gradient_memory(logits: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
     """Where gradients go: the logits' own memory, if one program reads and writes a whole row."""
     return logits.view(dtype) if in_place else torch.empty_like(logits, dtype=dtype)
+
+
+def _gradient_scale(factors: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """() power of two that the logits' gradients are multiplied by while float16 holds them:
+    those of a large vocabulary would underflow. None for other dtypes."""
+    if dtype != torch.float16:
+        return None
+    _, exponent = torch.frexp(factors.abs().amax())
+    return torch.ldexp(factors.new_ones(()), FLOAT16_EXPONENT - exponent)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:

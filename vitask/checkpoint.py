@@ -185,9 +185,15 @@ class VITask:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter, connector, TSM, recipe, tasks and processor; the base VLM by name.
 
-        Safetensors and JSON only. The folder appears whole or not at all.
+        Safetensors and JSON only. The folder appears whole or not at all; ValueError for one that
+        holds other things.
         """
         folder = Path(folder)
+        if folder.exists() and not (folder / "vitask.json").is_file() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder} holds something else than a checkpoint; expected a new or empty folder, "
+                "or one that save_pretrained wrote, which is replaced"
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         part.chmod(0o755)

@@ -180,7 +180,10 @@ def train_tsm(
     labels = {name: torch.from_numpy(d.splits["train"].labels) for name, d in datasets.items()}
     sample = [(name, i) for name, d in datasets.items() for i in range(len(d.splits["train"]))]
     rng = np.random.default_rng(seed)
-    steps = recipe.tsm_epochs * -(-len(sample) // recipe.tsm_batch_size)
+    starts = [*range(recipe.tsm_batch_size, len(sample), recipe.tsm_batch_size)]
+    if starts and len(sample) - starts[-1] == 1:
+        starts.pop()  # batch norm cannot take one image alone: it goes with those before it
+    steps = recipe.tsm_epochs * (len(starts) + 1)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.tsm_learning_rate, weight_decay=recipe.tsm_weight_decay
     )
@@ -191,8 +194,8 @@ def train_tsm(
         trained.train()
         total = 0.0
         order = rng.permutation(len(sample))
-        for start in range(0, len(order), recipe.tsm_batch_size):
-            rows = [sample[i] for i in order[start : start + recipe.tsm_batch_size]]
+        for numbers in np.split(order, starts):
+            rows = [sample[i] for i in numbers]
             batch = augment(torch.stack([pixels[name][i] for name, i in rows]), rng)
             logits = trained(batch)
             loss = logits.new_zeros(())

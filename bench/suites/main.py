@@ -50,13 +50,14 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
         work.advance(SCORING, f"{method}, seed {seed}")
         return Outcome(method, done, extras)
 
+    self_check = work.self_check  # first of all: it stops a run whose images reach no answer
     if "majority" in wanted:
         yield scored("majority", majority(datasets), {})
     if "linear_probe" in wanted:
         probe, curves = linear_probe(datasets, Features(datasets, untuned.vlm.vision_features))
         yield scored("linear_probe", probe, {"validation": curves})
     if "untuned" in wanted:
-        yield scored("untuned", work.predict(untuned), {"self_check": work.self_check})
+        yield scored("untuned", work.predict(untuned), {"self_check": self_check})
 
     paired = {"vitask_without_ep", "vitask_with_ep"} & set(wanted)
     if "tsm" in wanted or paired:

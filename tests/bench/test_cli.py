@@ -5,7 +5,6 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ from typer.testing import CliRunner
 from bench import doctor
 from bench.__main__ import app
 from bench.suites import SUITES, suite
-from vitask.recipes import RECIPES
+from vitask.recipes import RECIPES, vanilla
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "pandas", "transformers", "sklearn", "medmnist", "timm", "pyarrow")
@@ -194,40 +193,48 @@ def test_the_hub_package_is_refused_before_anything_is_imported(monkeypatch, pla
     assert not plan.out.exists()
 
 
-def test_predict_writes_a_row_an_image(monkeypatch, tmp_path):
-    from bench import predict
+def test_predict_writes_a_row_an_image(tmp_path):
+    from vitask.checkpoint import Task, VITask
+    from vitask.data import load
+    from vitask.vlm import VLM
 
-    class Model:
-        """The interface of a checkpoint that `predict` uses."""
-
-        def __init__(self):
-            answers = SimpleNamespace(texts=("a, b", "c"))
-            task = SimpleNamespace(spec=SimpleNamespace(n_channels=1), candidates=answers)
-            self.recipe, self.tasks = RECIPES["pocket"], {"toy": task}
-
-        def image_tokens(self, images, *, exemplar):
-            assert images.shape == (2, 28, 28)
-            return images
-
-        def predict(self, name, images, *, exemplar):
-            return np.array([[0.75, 0.25], [0.5, 0.5]])
-
-        def write(self, name, tokens):
-            return ["b.", "?"]
-
-    monkeypatch.setattr(predict.VITask, "from_pretrained", lambda folder: Model())
+    vlm = VLM.load("pocket")
+    vlm.add_lora(rank=2, alpha=4, dropout=0.0)
+    tasks = {name: Task.of(load(name, source="phantom")) for name in ("octmnist", "breastmnist")}
+    VITask(vlm, vanilla(RECIPES["pocket"]), tasks).save_pretrained(tmp_path / "model")
     images = tmp_path / "images"
     (images / "deep").mkdir(parents=True)
     Image.new("RGB", (50, 30)).save(images / "deep" / "one.PNG")
-    Image.new("L", (28, 28)).save(images / "zero.jpg")
+    Image.new("L", (28, 28), 200).save(images / "zero.jpg")
     (images / "notes.txt").touch()
-    done = bench("predict", tmp_path, images, "--output", tmp_path / "answers.csv")
+    words = ("predict", tmp_path / "model", images)
+    done = bench(*words)
+    assert done.exit_code == 1
+    assert "octmnist, breastmnist" in done.output  # which question?
+    words = (*words, "--dataset", "octmnist")
+    done = bench(*words, "--output", tmp_path / "answers.csv")
     assert done.exit_code == 0, done.output
     frame = pd.read_csv(tmp_path / "answers.csv")
-    assert list(frame) == ["file", "answer", "generated", "a, b", "c"]
+    answers = list(tasks["octmnist"].candidates.texts)
+    assert list(frame) == ["file", "trained_on", "answer", "generated", *answers]
+    assert set(frame.trained_on) == {"PHANTOM data"}
     assert frame.file.tolist() == ["deep/one.PNG", "zero.jpg"]
-    assert frame.answer.tolist() == ["a, b", "a, b"]
+    np.testing.assert_allclose(frame[answers].sum(axis=1), 1)
+    assert frame.answer.tolist() == frame[answers].idxmax(axis=1).tolist()
     (images / "broken.png").write_bytes(b"no image")
-    done = bench("predict", tmp_path, images)
+    done = bench(*words)
     assert done.exit_code == 1
     assert "broken.png" in done.output
+
+
+def test_sixteen_bit_images_are_scaled_and_not_cut_off(tmp_path):
+    from bench.predict import read_image
+
+    ramp = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    Image.fromarray((ramp / 257).round().astype(np.uint8)).save(tmp_path / "plain.png")
+    deep, plain = (read_image(tmp_path / f"{n}.png", 28, 1) for n in ("deep", "plain"))
+    np.testing.assert_array_equal(deep, plain)
+    Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(tmp_path / "real.tiff")
+    with pytest.raises(ValueError, match="expected 8 or 16 bits"):
+        read_image(tmp_path / "real.tiff", 28, 1)

@@ -137,6 +137,45 @@ def test_an_unfinished_run_continues(finished, monkeypatch):
     assert runs.read_manifest(plan.folder)["cheap"]["finished"]
 
 
+def test_a_stopped_command_keeps_the_suites_that_it_had_finished(finished):
+    """As after a kill in a later suite, or while the tables were written."""
+    from bench.__main__ import _run
+
+    plan, _ = finished
+    before, files = changed_at(plan.folder), contents(plan.folder)
+    runs.note_unfinished(plan.folder, {"cheap": runs.run_key(Job.of("cheap", plan))})
+    (plan.folder / "cheap.csv").unlink()
+    assert _run(["cheap"], plan, resume=False, fresh=False) == {}
+    assert changed_at(plan.folder) == before
+    assert set(contents(plan.folder)) == set(files)
+    assert runs.unfinished(plan.folder) == {}
+    assert _run(["cheap"], plan, resume=False, fresh=False) == {}
+    assert changed_at(plan.folder) != before
+
+
+def test_fresh_throws_away_the_named_suites_alone(finished):
+    plan, records = finished
+    manifest = runs.read_manifest(plan.folder)
+    other = plan.folder / "records" / "other-x-seed0.json"
+    other.write_text("{}")
+    (plan.folder / "run.json").write_text(json.dumps(manifest | {"other": {"records": []}}))
+    runs.start_over(plan.folder, ["cheap"])
+    assert other.is_file()
+    assert not (plan.folder / "records" / f"{records[0].name}.json").exists()
+    assert list(runs.read_manifest(plan.folder)) == ["other"]
+
+
+def test_strangers_among_the_files_are_named(finished):
+    from bench.verify import strays
+
+    plan, _ = finished
+    assert strays(plan.folder) == []
+    (plan.folder / "samples" / "cheap-noisy-seed7.parquet").write_bytes(b"")
+    assert strays(plan.folder) == ["samples/cheap-noisy-seed7.parquet belongs to no run"]
+    (plan.folder / "run.json").write_text("{}")
+    assert "names no run" in strays(plan.folder)[0]
+
+
 def test_a_finished_run_is_computed_again_unless_resumed(finished):
     plan, _ = finished
     before, files = changed_at(plan.folder), contents(plan.folder)

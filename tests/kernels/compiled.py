@@ -24,6 +24,7 @@ TARGETS = {
 }
 POINTERS = {"labels": "*i64", "negative_of": "*i64", "exemplar_of": "*i64"}
 SIZES = ("rows", "negatives", "vocab", "stride", "gradient_stride")
+ALIGNED = ("stride", "gradient_stride")  # as a launch finds them; the vocabulary is of any length
 FIXED = {"IGNORE": IGNORE_INDEX, "STATISTICS": rows.STATISTICS, "BLOCK": rows.BLOCK}
 
 
@@ -34,6 +35,11 @@ def sources() -> dict[str, ASTSource]:
     for dtype, splits, detach in forms:
         form = {"SPLITS": splits, "GRADIENT": True, "EXEMPLAR_GRADIENT": True, "DETACH": detach}
         found[f"gradient {dtype} {splits} {detach}"] = source(rows.gradient_kernel, form, dtype)
+    bare = {"SPLITS": 4, "DETACH": True}
+    for gradient, exemplar in ((False, False), (True, False)):
+        form = bare | {"GRADIENT": gradient, "EXEMPLAR_GRADIENT": exemplar}
+        kernel = source(rows.gradient_kernel, form, "bf16")
+        found["gradient bf16 4 " + ("without exemplar's" if gradient else "losses alone")] = kernel
     return found
 
 
@@ -47,11 +53,22 @@ def source(kernel: triton.JITFunction, form: dict[str, object], dtype: str) -> A
     }
     if "gradient" in types:
         types["gradient"] = f"*{dtype}"
-    return ASTSource(fn=kernel, signature=types, constexprs=constants)
+    aligned = {name for name, kind in types.items() if kind.startswith("*")} | set(ALIGNED)
+    attributes = {
+        (number,): [["tt.divisibility", 16]]
+        for number, name in enumerate(kernel.arg_names)
+        if name in aligned and name in types
+    }
+    return ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
 
 
 def usage(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
-    """What the binary itself says it needs."""
+    """What the binary itself says it needs, and how its memory is read and written."""
+    code = compiled.asm.get("ptx", "")
+    vectors = {
+        "vector loads": len(re.findall(r"ld\.global[.\w]*\.v[24]\.", code)),
+        "vector stores": len(re.findall(r"st\.global[.\w]*\.v[24]\.", code)),
+    }
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         names = {"registers": r"\.vgpr_count:\s*(\d+)", "spilled": r"\.vgpr_spill_count:\s*(\d+)"}
@@ -62,7 +79,7 @@ def usage(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
             command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         names = {"registers": r"REG:(\d+)", "spilled": r"LOCAL:(\d+)"}  # local memory, in bytes
-    return {name: int(re.search(pattern, text)[1]) for name, pattern in names.items()}
+    return vectors | {name: int(re.search(pattern, text)[1]) for name, pattern in names.items()}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """The fused losses in a graph, given bad input, and in memory."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from kernels import linear_cross_entropy, linear_vitask
 from tests.kernels.cases import draw
 
+ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"  # without one, conftest lets Triton interpret
 FUSED = ["triton"] if CUDA else ["cpu", "triton"]
@@ -37,9 +42,33 @@ def test_operation_keeps_the_rules_of_custom_operations(implementation, reductio
     )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@fused
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_operation_keeps_the_rules_too(implementation, reduction):
+    from kernels.joint import joint_loss, joint_loss_backward
+
+    case = draw(5, 20, 4, negatives=0.6, reduction=reduction).to(DEVICE)
+    weight = case.weight.t().contiguous().t()  # of other strides than its gradient's
+    inputs = (
+        case.hidden, case.exemplar, case.exemplar_rows, case.negative, case.negative_rows,
+        weight, case.labels,
+    )  # fmt: skip
+    settings = ((1.0, 1.0, 0.7, 1.3), True, reduction == "mean", (True, True, True), implementation)
+    _, _, of_rows, of_head = joint_loss(*inputs, *settings)
+    torch.library.opcheck(
+        joint_loss_backward, (case.above, of_rows, of_head, *inputs, *settings),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
 @fused
 @pytest.mark.usefixtures("unchecked")
-def test_compiles_to_one_forward_and_one_backward_operation(implementation):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trained_head", [False, True], ids=["frozen head", "trained head"])
+def test_compiles_to_one_forward_and_one_backward_operation(
+    implementation, reduction, trained_head
+):
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -56,17 +85,19 @@ def test_compiles_to_one_forward_and_one_backward_operation(implementation):
 
     backend = aot_autograd(fw_compiler=listed("forward"), bw_compiler=listed("backward"))
 
-    def step(hidden, exemplar, negative):
+    def step(hidden, exemplar, negative, weight):
         return linear_vitask(
-            hidden, case.weight, case.labels, exemplar_hidden=exemplar,
+            hidden, weight, case.labels, exemplar_hidden=exemplar,
             negative_hidden=negative, negative_rows=case.negative_rows,
-            implementation=implementation,
+            reduction=reduction, implementation=implementation,
         ).total  # fmt: skip
 
     def gradients(function):
         leaves = [x.detach().requires_grad_() for x in (case.hidden, case.exemplar, case.negative)]
+        leaves.append(case.weight.detach().requires_grad_(trained_head))
         loss = function(*leaves)
-        loss.backward()
+        loss.sum().backward()
+        leaves = leaves if trained_head else leaves[:3]
         return loss.detach(), *(leaf.grad for leaf in leaves)
 
     compiled = gradients(torch.compile(step, fullgraph=True, backend=backend))
@@ -119,6 +150,87 @@ def test_bad_input_is_named(changed, named):
     arguments = bad(**changed)
     with pytest.raises(ValueError, match=named):
         linear_vitask(arguments.pop("hidden"), arguments.pop("weight"), **arguments)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.skipif(CUDA, reason="values are not looked at on CUDA")
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"labels": torch.tensor([0, 7, 0, 0])}, "label 7 lies outside"),
+        ({"negative_rows": torch.tensor([0, 9])}, "names row 9"),
+        ({"negative_rows": torch.tensor([1, 1])}, "twice"),
+    ],
+)
+def test_wrong_values_are_named_in_a_compiled_graph_as_well(changed, named):
+    arguments = bad(**changed)
+    compiled = torch.compile(linear_vitask, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=named):
+        compiled(arguments.pop("hidden"), arguments.pop("weight"), **arguments)
+
+
+@pytest.mark.parametrize("implementation", [*FUSED, "reference"])
+def test_autocast_changes_nothing(implementation):
+    case = draw(6, 40, 8, negatives=0.5).to(DEVICE)
+
+    def outcome():
+        hidden = case.hidden.detach().requires_grad_()
+        loss = linear_vitask(
+            hidden, case.weight, case.labels, exemplar_hidden=case.exemplar,
+            implementation=implementation,
+        ).total  # fmt: skip
+        return hidden, loss
+
+    found = [outcome()]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found.append(outcome())
+    for _, loss in found:
+        loss.backward()
+    plain, cast = ((loss.detach(), hidden.grad) for hidden, loss in found)
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
+def test_float16_gradients_of_small_weights_and_a_large_vocabulary_do_not_underflow():
+    """Of a near uniform distribution over 151,674 tokens, each logit's is about 1e-7."""
+    torch.manual_seed(0)
+    hidden, negative = (0.01 * torch.randn(2, 16) for _ in range(2))
+    weight = 1 + 0.1 * torch.randn(151_674, 16)
+    labels = torch.tensor([3, 151_000])
+
+    def gradients(dtype, implementation):
+        leaves = [x.to(dtype).to(DEVICE).requires_grad_() for x in (hidden, negative)]
+        linear_vitask(
+            leaves[0], weight.to(dtype).to(DEVICE), labels.to(DEVICE), negative_hidden=leaves[1],
+            crt_weight=1e-2, implementation=implementation,
+        ).total.backward()  # fmt: skip
+        return leaves[1].grad.double()
+
+    rounded = torch.float16
+    ours = gradients(rounded, "triton")
+    truth = gradients(rounded, "reference")
+    assert (ours - truth).norm() <= 5e-3 * truth.norm()
+
+
+@pytest.mark.skipif(CUDA, reason="the CPU path is what is left without Triton")
+def test_cpu_path_works_without_triton():
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from kernels import linear_cross_entropy
+x = torch.ones(2, 3, requires_grad=True)
+linear_cross_entropy(x, torch.ones(4, 3), torch.tensor([0, 1])).backward()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_head_without_tokens_and_strange_dtypes_are_named():
+    x, y = torch.zeros(2, 3), torch.full((2,), -100)
+    with pytest.raises(ValueError, match="weight has no rows"):
+        linear_cross_entropy(x, torch.zeros(0, 3), y)
+    with pytest.raises(ValueError, match="float8"):
+        linear_cross_entropy(x.to(torch.float8_e4m3fn), x.to(torch.float8_e4m3fn), y)
 
 
 def test_triton_refuses_float64():

@@ -34,9 +34,19 @@ def compiled(tmp_path_factory) -> dict[str, dict[str, dict[str, int]]]:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_kernels_compile_without_spilling_registers(target, compiled):
     usage = compiled[target]
-    assert len(usage) == 13
+    assert len(usage) == 15
     assert {name: u for name, u in usage.items() if u["spilled"]} == {}
     assert all(u["registers"] > 0 for u in usage.values())
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_logits_are_read_and_gradients_written_in_vectors_at_any_vocabulary(target, compiled):
+    usage = compiled[target]
+    assert usage["statistics"]["vector loads"] >= 6  # 8 logits a thread of three branches
+    writing = [name for name in usage if name.startswith("gradient") and "alone" not in name]
+    for name in writing:
+        assert usage[name]["vector loads"] >= 6, name
+        assert usage[name]["vector stores"] >= 2, name
 
 
 @needs_cuda

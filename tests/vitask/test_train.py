@@ -209,6 +209,14 @@ def test_saved_and_loaded_scores_are_bit_equal(tuned, tiny_datasets, tmp_path):
     assert kinds <= {".safetensors", ".json", ".jinja", ".md", ".txt"}
 
 
+def test_saving_never_replaces_what_is_no_checkpoint(tuned, tmp_path):
+    model, _ = tuned
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds something else than a checkpoint"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
 def test_a_folder_without_checkpoint_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no checkpoint at .*vitask\.json"):
         VITask.from_pretrained(tmp_path)

@@ -1,11 +1,15 @@
 """The task-specific model: shared head, each sample's loss over its own classes, features."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from vitask.data import load, subset
 from vitask.data.spec import DatasetSpec
-from vitask.tsm import TSM, Head, augment, heads, task_loss
+from vitask.recipes import POCKET
+from vitask.tsm import TSM, Head, augment, heads, task_loss, train_tsm
 
 
 def spec(name, classes, task="multi-class", head=None):
@@ -105,3 +109,12 @@ def test_augmentation_mirrors_and_shifts_only():
 def test_an_unknown_timm_model_names_the_nearest():
     with pytest.raises(ValueError, match=r"no model 'resnet19'.*resnet"):
         TSM("resnet19", heads(SPECS), 32)
+
+
+def test_one_image_more_than_whole_batches_trains():
+    """Batch norm cannot take one image alone."""
+    dataset = subset(load("breastmnist", source="phantom"), train=17, val=8)
+    recipe = replace(POCKET, tsm_batch_size=16, tsm_epochs=1)
+    _, curve = train_tsm({"breastmnist": dataset}, recipe, 0)
+    assert len(curve) == 1
+    assert np.isfinite(curve[0]["loss"])

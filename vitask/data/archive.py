@@ -51,7 +51,7 @@ def load_file(
                 labels = _labels(path, archive, f"{part}_labels", spec, part)
                 group = _group(path, archive, f"{part}_{_GROUPS}", len(images)) if groups else None
                 splits[part] = Split(images, labels, ids(spec.name, part, len(images)), group)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise ValueError(
             f"{path}: the archive is damaged ({error}); expected a whole .npz file: "
             "copy or download it again"
@@ -106,7 +106,10 @@ def _check_keys(path: Path, found: list[str], own: bool) -> bool:
 
 def _array(path: Path, archive: "np.lib.npyio.NpzFile", key: str) -> np.ndarray:
     try:
-        return archive[key]
+        found = archive[key]
+        if not isinstance(found, np.ndarray):  # a member that does not begin as an array
+            raise ValueError(f"starts with {bytes(found[:6])!r}")
+        return found
     except ValueError as error:
         reason = "holds pickled objects" if "allow_pickle" in str(error) else f"({error})"
         raise ValueError(

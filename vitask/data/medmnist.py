@@ -116,8 +116,8 @@ def find(name: str, size: int, roots: Sequence[Path]) -> Path:
     looked = [f"{root}{'' if Path(root).is_dir() else ' (no such folder)'}" for root in roots]
     raise ValueError(
         f"{wanted} is missing; looked in {', '.join(looked) or 'no data root at all'}. Give the "
-        "folder that holds it with --data-root, or fetch it with python -m bench data download "
-        f"{name}"
+        "folder that holds it with --data-root, or fetch it with python -m bench data download DIR "
+        f"--datasets {name} --size {size}"
     )
 
 

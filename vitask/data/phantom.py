@@ -25,8 +25,8 @@ default SIZES, mean macro-F1 over the 12 test parts, one seed: TSM of the recipe
 (test_resnet, 30 epochs) 0.707, on shuffled labels of train and val 0.159; guessing at the
 frequencies of the classes 0.187, always the most frequent class 0.114. Logistic regression on the
 pixels at half size 0.189, on pooled features of a random ResNet-18 0.260, on histograms of
-oriented gradients 0.376: these stand in for the pocket VLM's frozen vision features, on which
-the criterion still has to be measured.
+oriented gradients 0.376: these stood in for the pocket VLM's frozen vision features, which were
+made later and on which the probe reaches 0.258.
 """
 
 import hashlib

@@ -177,6 +177,20 @@ def test_what_is_no_zip_is_refused(content, tmp_path):
         read(path, small("breastmnist"))
 
 
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>"], ids=str)
+def test_a_member_that_is_no_array_is_refused(content, tmp_path):
+    spec = small("breastmnist")
+    path = write(tmp_path, spec)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, whole in members.items():
+            archive.writestr(name, content if name == "val_images.npy" else whole)
+    with pytest.raises(ValueError, match="val_images") as caught:
+        read(path, spec)
+    assert str(path) in str(caught.value)
+
+
 def test_a_damaged_member_is_refused(tmp_path):
     spec = small("breastmnist")
     path = write(tmp_path, spec)
