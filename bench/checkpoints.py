@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench.record import peak_mib, write_text
+from bench.record import peak_mib, reset_peak, write_text
 
 Model = TypeVar("Model")
 
@@ -33,6 +33,7 @@ def kept(
             return load(folder), note | {"found": True}
     discard(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    reset_peak()
     start = time.perf_counter()
     model, log = make()
     seconds = round(time.perf_counter() - start, 2)

@@ -92,4 +92,4 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
 def figures(frame: "pd.DataFrame") -> dict[str, str]:
     from bench.figures import bars
 
-    return {"instructions.svg": bars(frame, "macro_f1", list(METHODS), "Macro-F1, average")}
+    return {"instructions.svg": bars(frame, "macro_f1", list(METHODS), "Macro-F1")}
