@@ -37,8 +37,8 @@ def official_texts(folder: Path, records: Sequence[Record]) -> dict[str, str]:
     """File name -> text, one per record and official dataset.
 
     `{flag}{_size}_test_[AUC]..._[ACC]...@{run}.csv`; rows: index and class probabilities (no
-    log-probabilities), no header. For real, whole, verified MedMNIST test parts only, and for
-    the suite that asks the plain question.
+    log-probabilities), no header. For real, verified MedMNIST files that are trained on and tested
+    whole, and for the suite that asks the plain question.
     """
     texts = {}
     for record in records:
@@ -67,8 +67,9 @@ def official_texts(folder: Path, records: Sequence[Record]) -> dict[str, str]:
 
 
 def is_official(card: dict[str, Any]) -> bool:
-    """A verified file of MedMNIST with its whole test part."""
-    whole = card["images"]["test"] == card["spec"]["n_samples"]["test"]
+    """A verified file of MedMNIST, trained on and tested whole."""
+    used, published = card["images"], card["spec"]["n_samples"]
+    whole = all(used[part] == published[part] for part in ("train", "test"))
     return card["source"] == "medmnist" and card["md5_ok"] and whole
 
 

@@ -92,7 +92,8 @@ def test_old_figures_are_replaced(plan, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [{"source": "phantom"}, {"source": "card"}, {"md5_ok": False},
-     {"images": {"train": 50, "val": 50, "test": 49}}],
+     {"images": {"train": 50, "val": 50, "test": 49}},
+     {"images": {"train": 49, "val": 50, "test": 50}}],
     ids=str,
 )  # fmt: skip
 def test_only_real_whole_verified_runs_are_official(plan, tmp_path, change):
