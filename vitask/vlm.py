@@ -51,7 +51,7 @@ class VLM:
     ) -> "VLM":
         """Load "pocket", a folder or a hub name; everything frozen, in evaluation mode.
 
-        Attention is SDPA: eager attention reads a boolean 4D mask as numbers.
+        Attention is SDPA.
         """
         source = str(POCKET) if name == "pocket" else name
         try:
@@ -196,10 +196,14 @@ class VLM:
         mask: bool (batch or 1, 1, tokens, tokens), True where a token may look; None is causal.
         Rows are padded on the right: under a causal mask padding is never looked at.
         """
-        if self.model.config.text_config._attn_implementation != "sdpa":
+        attention = self.model.config.text_config._attn_implementation
+        if attention == "eager" and mask is not None:  # it adds the mask to the scores
+            hidden = torch.finfo(embeddings.dtype).min
+            mask = torch.zeros_like(mask, dtype=embeddings.dtype).masked_fill(~mask, hidden)
+        elif attention not in ("eager", "sdpa"):
             raise ValueError(
-                f"attention is {self.model.config.text_config._attn_implementation!r}; only "
-                "'sdpa' reads the boolean masks used here: load the model through VLM.load"
+                f"attention is {attention!r}; expected 'sdpa' or 'eager', which take a mask over "
+                "pairs of tokens: load the model through VLM.load"
             )
         return self.model.model.language_model(
             inputs_embeds=embeddings,

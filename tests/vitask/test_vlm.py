@@ -108,8 +108,19 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         VLM.load(str(tmp_path / "nowhere"))
 
 
-def test_only_sdpa_attention_is_accepted(tiny_checkpoint):
+def test_eager_attention_sees_the_same_through_a_mask_of_pairs(tiny_checkpoint):
+    torch.manual_seed(0)
     vlm = VLM.load(str(tiny_checkpoint))
+    embeddings = torch.randn(2, 7, vlm.hidden_size)
+    mask = torch.rand(2, 1, 7, 7).gt(0.5).tril() | torch.eye(7, dtype=torch.bool)
+    expected = {m is None: vlm.hidden(embeddings, mask=m) for m in (mask, None)}
     vlm.model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="eager"):
+    for m in (mask, None):
+        torch.testing.assert_close(vlm.hidden(embeddings, mask=m), expected[m is None])
+
+
+def test_other_attention_is_refused(tiny_checkpoint):
+    vlm = VLM.load(str(tiny_checkpoint))
+    vlm.model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"'flash_attention_2'; expected 'sdpa' or 'eager'"):
         vlm.hidden(torch.zeros(1, 3, vlm.hidden_size))
