@@ -1,40 +1,62 @@
 """`pytest --benchmark-only tests/benchmarks`: every loss by every implementation, in groups.
 
-Times forward and backward together. On the CPU at the sizes of the pocket VLM and of a language
-model that a CPU can hold; on CUDA at InternVL3-1B's too. Ratios are read within a group.
+Forward, backward and both, at the shapes of `python -m bench run kernels`; peak memory stands in
+the extra information of `both`. Ratios are read within a group. All of it takes an hour on two
+cores: choose with -k, such as `-k "vitask and pocket and both"`.
 """
 
 import pytest
 import torch
 
 from bench.peers import OPERATIONS, Inputs, peers
+from bench.speed import peak_mib
+from bench.suites.kernels import CPU_TARGET, LARGE, POCKET, shapes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-SHAPES = [(512, 128, 1088), (128, 512, 32_000)]  # rows, hidden, vocabulary
-if DEVICE == "cuda":
-    SHAPES.append((512, 896, 151_674))
 NAMES = ("ours", "eager", "eager_shared", "eager_functional", "compile", "compile_functional",
          "torch_linear_cross_entropy", "liger", "liger_one_chunk", "cce")  # fmt: skip
+PLACES = {POCKET: "pocket", CPU_TARGET: "mid"} | {shape: name for name, shape in LARGE.items()}
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def named(shape):
+    _, rows, hidden, vocab = shape
+    return f"{PLACES[hidden, vocab]} {rows} rows"
+
+
+@pytest.mark.parametrize("which", ["forward", "backward", "both"])
+@pytest.mark.parametrize("shape", list(shapes(DEVICE)), ids=named)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("implementation", NAMES)
-def test_loss(benchmark, implementation, operation, shape):
+def test_loss(benchmark, implementation, operation, shape, which):
     found, missing = peers(DEVICE)
     if implementation not in found:
         pytest.skip(missing[implementation])
     if operation not in found[implementation]:
         pytest.skip(f"{implementation} has no {operation}")
     torch.compiler.reset()
-    inputs = Inputs.random(*shape, DTYPE, DEVICE)
+    dtype, *sizes = shape
+    inputs = Inputs.random(*sizes, dtype, DEVICE)
     loss = found[implementation][operation]
 
-    def step() -> None:
-        loss(inputs).backward()
+    def forward():
+        value = loss(inputs)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return value
+
+    def backward(value):
+        value.backward()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = f"{operation} {shape}"
-    benchmark.pedantic(step, rounds=7, warmup_rounds=2)
+    def both():
+        backward(forward())
+
+    benchmark.group = f"{operation}, {named(shape)}, {which}"
+    often = {"rounds": 5, "warmup_rounds": 1}
+    if which == "backward":
+        benchmark.pedantic(backward, setup=lambda: ((forward(),), {}), **often)
+    else:
+        benchmark.pedantic(forward if which == "forward" else both, **often)
+    if which == "both":
+        benchmark.extra_info["peak_mib"] = peak_mib(both, DEVICE)
