@@ -39,9 +39,16 @@ def linear_probe(
     """Logistic regression on frozen features, one per dataset; C chosen by val macro-F1.
 
     Returns the predictions for the test parts, and per dataset the val macro-F1 of every C.
+    ValueError for a training part of one class.
     """
     predictions, curves = [], {}
     for name, dataset in datasets.items():
+        labels = dataset.splits["train"].labels
+        if labels.ndim == 1 and len(np.unique(labels)) < 2:
+            raise ValueError(
+                f"{name}: its {len(labels)} training image(s) are all of class {labels[0]}; "
+                "expected two classes or more: raise --limit or bring more images"
+            )
         fits, curve = {}, {}
         for c in INVERSE_REGULARISATION:
             fits[c] = _fit(dataset, features(name, "train").numpy(), c)

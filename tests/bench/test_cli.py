@@ -238,3 +238,13 @@ def test_sixteen_bit_images_are_scaled_and_not_cut_off(tmp_path):
     Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(tmp_path / "real.tiff")
     with pytest.raises(ValueError, match="expected 8 or 16 bits"):
         read_image(tmp_path / "real.tiff", 28, 1)
+
+
+def test_a_training_part_of_one_class_is_named():
+    from bench.baselines import linear_probe
+    from vitask.data import load, subset
+    from vitask.features import Features
+
+    one = {"breastmnist": subset(load("breastmnist", source="phantom"), train=1)}
+    with pytest.raises(ValueError, match=r"breastmnist: its 1 training image\(s\).*--limit"):
+        linear_probe(one, Features(one, lambda images: images))
