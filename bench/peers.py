@@ -86,6 +86,7 @@ def peers(device: str) -> tuple[dict[str, Peer], dict[str, str]]:
     for name, package, make in (
         ("liger", "liger_kernel", _liger),
         ("liger_one_chunk", "liger_kernel", partial(_liger, one_chunk=True)),
+        ("liger_distillation", "liger_kernel", _liger_distillation),
         ("cce", "cut_cross_entropy", _cut_cross_entropy),
     ):
         if importlib.util.find_spec(package) is None:
@@ -235,6 +236,21 @@ def _liger(*, one_chunk: bool = False) -> Peer:
         "vitask": lambda x: (
             cross_entropy(x.hidden, x) + cross_entropy(x.exemplar, x) + rda(x) + crt(x)
         ),
+    }
+
+
+def _liger_distillation() -> Peer:
+    """Liger's chunked distillation: Van + RDA in one call. It always makes the head's gradient."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+
+    distil = LigerFusedLinearJSDLoss(weight_hard_loss=1.0, weight_soft_loss=1.0, beta=1.0)
+    return {
+        "vitask": lambda x: (
+            distil(x.hidden, x.weight, x.exemplar.detach(), x.weight, x.labels)
+            + fused(x.exemplar, x.weight, x.labels)
+            + fused(x.hidden - x.negative, x.weight, x.labels)
+        )
     }
 
 

@@ -35,58 +35,67 @@ def chunked_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None = No
     parts = max(1, -(-len(use) // size))  # of one size: each reads the whole head
     buffer = torch.empty(branches * -(-len(use) // parts), vocab, dtype=dtype)
     for chunk in use.tensor_split(parts):
-        negative, exemplar = problem.negative_of[chunk], problem.exemplar_of[chunk]
-        inputs = torch.cat(
-            [
-                problem.hidden[chunk],
-                problem.negative[negative[negative >= 0]],
-                problem.exemplar[exemplar[exemplar >= 0]],
-            ]
-        ).to(dtype)
+        negative = _own(problem.negative_of, chunk, negatives)
+        exemplar = _own(problem.exemplar_of, chunk, len(problem.exemplar))
+        inputs = problem.hidden[chunk]
+        for branch, own in ((problem.negative, negative), (problem.exemplar, exemplar)):
+            if len(branch):
+                inputs = torch.cat([inputs, branch[own.number]])
+        inputs = inputs.to(dtype)
         logits = torch.mm(inputs, weight.T, out=buffer[: len(inputs)])
-        gradient = any(wanted)
-        losses[:, chunk] = _chunk(logits, problem, chunk, negative, exemplar, gradient)
+        losses[:, chunk] = _chunk(logits, problem, chunk, negative.at, exemplar.at, any(wanted))
         if hidden_gradient is not None:
-            place = torch.cat(
-                [
-                    chunk,
-                    rows + negative[negative >= 0],
-                    rows + negatives + exemplar[exemplar >= 0],
-                ]
-            )
-            if not wanted.exemplar:
-                place = place[: len(place) - int((exemplar >= 0).sum())]
+            place = chunk
+            if negatives:
+                place = torch.cat([place, rows + negative.number])
+            if wanted.exemplar:
+                place = torch.cat([place, rows + negatives + exemplar.number])
             hidden_gradient[place] = logits[: len(place)] @ weight
         if weight_gradient is not None:
             if row_scale is not None:
                 scale = row_scale[chunk]
-                scale = torch.cat([scale, scale[negative >= 0], scale[exemplar >= 0]])
-                inputs *= scale[:, None]
+                inputs *= torch.cat([scale, scale[negative.at], scale[exemplar.at]])[:, None]
             weight_gradient.addmm_(logits.T, inputs)
     return RowResult(losses, hidden_gradient, weight_gradient)
+
+
+class _Own(NamedTuple):
+    """The rows of a branch that belong to a chunk of base rows.
+
+    at: (k,) their places among the chunk's base rows, ascending; number: (k,) in the branch
+    """
+
+    at: Tensor
+    number: Tensor
+
+
+def _own(slot_of: Tensor, chunk: Tensor, count: int) -> _Own:
+    if not count:
+        return _Own(chunk[:0], chunk[:0])
+    number = slot_of[chunk]
+    at = (number >= 0).nonzero()[:, 0]
+    return _Own(at, number[at])
 
 
 def _chunk(
     logits: Tensor,
     problem: Problem,
     chunk: Tensor,
-    negative: Tensor,
-    exemplar: Tensor,
+    with_negative: Tensor,
+    with_exemplar: Tensor,
     gradient: bool,
 ) -> Tensor:
     """Losses (4, chunk rows); turns the stacked logits into their gradients, in place."""
     base = len(chunk)
-    split = base + int((negative >= 0).sum())
     labels = problem.labels[chunk]
     factors = problem.factors.tolist()
     losses = torch.zeros(4, base, dtype=logits.dtype)
-    n_end, b_end = base, split
+    n_end, b_end = base, base + len(with_negative)
     size = max(1, BLOCK_BYTES // (logits.shape[1] * logits.itemsize))
-    spare = torch.empty(min(size, base), logits.shape[1], dtype=logits.dtype)
+    spare = logits.new_empty(min(size, base) if len(with_exemplar) else 0, logits.shape[1])
     for start in range(0, base, size):
         stop = min(start + size, base)
-        with_n = (negative[start:stop] >= 0).nonzero()[:, 0]
-        with_b = (exemplar[start:stop] >= 0).nonzero()[:, 0]
+        with_n, with_b = (_within(at, start, stop) for at in (with_negative, with_exemplar))
         n_start, b_start = n_end, b_end
         n_end, b_end = n_start + len(with_n), b_start + len(with_b)
         block = _Block(
@@ -97,11 +106,15 @@ def _chunk(
             with_b=with_b,
             y=labels[start:stop, None],
         )
-        part, state = _losses(block, spare[: len(with_b)])
-        losses[:, start:stop] = part
+        losses[:, start:stop], state = _losses(block, spare[: len(with_b)])
         if gradient:
             _gradients(block, state, factors, problem.detach_exemplar)
     return losses
+
+
+def _within(at: Tensor, start: int, stop: int) -> Tensor:
+    """Of ascending places those of a block, counted from its start."""
+    return at[(at >= start) & (at < stop)] - start if len(at) else at
 
 
 class _Block(NamedTuple):

@@ -52,19 +52,23 @@ def joint_loss(
         check_values(labels, weight, hidden, exemplar_rows, negative_rows)
     problem = _problem(
         hidden, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows, weight, labels,
-        weights, detach_exemplar, mean,
+        weights, detach_exemplar,
     )  # fmt: skip
+    numbers = _numbers(problem)
+    if mean:
+        # Factors relative to one counted base row. 1/rows itself is applied to the finished
+        # gradients: in it, float16 logits would underflow.
+        problem = problem._replace(factors=problem.factors * numbers[0] / numbers)
     want = Wanted(*wanted)
     result = _rows(implementation, problem, want if mean else want._replace(weight=False))
     losses = result.losses
     row_gradient = losses.new_empty(0, hidden.shape[1]) if result.hidden is None else result.hidden
     head_gradient = losses.new_empty(0) if result.weight is None else result.weight
     if mean:
-        numbers = _numbers(problem).clamp(min=1)
         losses = losses.sum(dim=1) / numbers
         row_gradient.div_(numbers[0])
         head_gradient.div_(numbers[0])
-    total = sum(w * part for w, part in zip(weights, losses, strict=True))
+    total = sum(w * part for w, part in zip(weights, losses, strict=True) if w)
     return total, losses, row_gradient, head_gradient
 
 
@@ -104,7 +108,7 @@ def joint_loss_backward(
     else:  # each row's part is scaled by its own: computed anew
         problem = _problem(
             hidden, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows, weight, labels,
-            weights, detach_exemplar, mean,
+            weights, detach_exemplar,
         )  # fmt: skip
         only = Wanted(hidden=False, exemplar=False, weight=True)
         anew = _rows(implementation, problem, only, above.to(problem.dtype)).weight
@@ -128,14 +132,10 @@ def _problem(
     labels: Tensor,
     weights: Sequence[float],
     detach_exemplar: bool,
-    mean: bool,
 ) -> Problem:
-    """The rows with their factors; for the mean these are relative to one counted base row.
-
-    1/rows itself is applied to the finished gradients: in it, float16 logits would underflow.
-    """
+    """The rows, and for each base row its rows in the branches."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    problem = Problem(
+    return Problem(
         hidden,
         negative_hidden,
         exemplar_hidden,
@@ -147,18 +147,15 @@ def _problem(
         torch.stack([torch.full((), w, dtype=dtype, device=hidden.device) for w in weights]),
         detach_exemplar,
     )
-    if not mean:
-        return problem
-    numbers = _numbers(problem)
-    return problem._replace(factors=problem.factors * numbers[0] / numbers.clamp(min=1))
 
 
 def _numbers(problem: Problem) -> Tensor:
-    """(4,): how many rows count in each loss, in the dtype that is computed in."""
+    """(4,): how many rows count in each loss, 1 for none, in the dtype that is computed in."""
     use = counted(problem.labels)
     exemplar = (use & (problem.exemplar_of >= 0)).sum()
     negative = (use & (problem.negative_of >= 0)).sum()
-    return torch.stack([use.sum(), exemplar, exemplar, negative]).to(problem.dtype)
+    numbers = torch.stack([use.sum(), exemplar, exemplar, negative])
+    return numbers.clamp(min=1).to(problem.dtype)
 
 
 @joint_loss.register_fake

@@ -90,6 +90,14 @@ def linear_crt(
     Gradients into both (eq. 5, 6). Errors as in `linear_cross_entropy`.
     """
     _same_rows("negative_hidden", negative_hidden, hidden)
+    if implementation != "reference" and hidden.dtype in (torch.float32, torch.float64):
+        # The head has no bias: half the products for the same loss. A difference of 16-bit rows
+        # would be rounded to 16 bits, with errors up to 1e-3 in the logits.
+        _check_head(hidden, weight, labels)
+        difference = hidden - _branch("negative", negative_hidden, None, hidden)
+        return linear_cross_entropy(
+            difference, weight, labels, reduction=reduction, implementation=implementation
+        )
     losses = _losses(
         hidden, weight, labels, None, None, negative_hidden, None,
         (0.0, 0.0, 0.0, 1.0), True, reduction, implementation,

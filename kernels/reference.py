@@ -3,7 +3,8 @@
 Logits are unnormalised and already aligned with `labels`: the next-token shift is the caller's.
 Every loss is a mean over its counted tokens, in nats, and 0 when none is counted; with
 `reduction="none"` it is given per token, 0 for ignored ones. Computed in float32, or in float64
-when given float64.
+when given float64. A label outside the vocabulary is an error; on CUDA, where looking for it would
+stall the stream, and in compiled graphs its token has loss NaN and no gradient.
 
 Source: Bai et al. 2024, arXiv:2410.06456.
 """
@@ -31,10 +32,10 @@ def response_loss(
     S = {t : labels[t] != IGNORE_INDEX}; an empty S gives 0. Unit: nats per response token.
     Raises ValueError for labels that do not match the logits.
     """
-    keep = _counted(labels, logits)
+    keep, wrong = _counted(labels, logits)
     log_p = _log_softmax(logits, keep)
-    picked = log_p.gather(-1, labels.where(keep, 0)[:, None])[:, 0]  # (tokens,)
-    return _reduced(-picked, keep, reduction)
+    picked = log_p.gather(-1, labels.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]  # (tokens,)
+    return _reduced(-picked, keep, wrong, reduction)
 
 
 def rda_loss(
@@ -57,11 +58,11 @@ def rda_loss(
     that do not match the logits.
     """
     _same_shape(logits, exemplar_logits, "exemplar_logits")
-    keep = _counted(labels, logits)
+    keep, wrong = _counted(labels, logits)
     teacher = exemplar_logits.detach() if detach_exemplar else exemplar_logits
     log_p, log_q = _log_softmax(logits, keep), _log_softmax(teacher, keep)
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)  # (tokens,)
-    return _reduced(kl, keep, reduction)
+    return _reduced(kl, keep, wrong, reduction)
 
 
 def crt_loss(
@@ -93,10 +94,10 @@ def _log_softmax(logits: Tensor, keep: Tensor) -> Tensor:
     return _exact(logits).where(keep[:, None], 0).log_softmax(dim=-1)
 
 
-def _reduced(values: Tensor, keep: Tensor, reduction: Reduction) -> Tensor:
+def _reduced(values: Tensor, keep: Tensor, wrong: Tensor, reduction: Reduction) -> Tensor:
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean' or 'none'")
-    values = values.where(keep, 0)
+    values = values.where(keep, 0).masked_fill(wrong, torch.nan)
     return values if reduction == "none" else values.sum() / keep.sum().clamp(min=1)
 
 
@@ -108,20 +109,19 @@ def _same_shape(logits: Tensor, other: Tensor, name: str) -> None:
         )
 
 
-def _counted(labels: Tensor, logits: Tensor) -> Tensor:
-    """Mask of the tokens in S, after checking that labels fit the logits."""
+def _counted(labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask of the tokens in S, and of those among them whose label is none, where it may pass."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} and logits {tuple(logits.shape)}; "
             "expected (tokens,) and (tokens, vocab)"
         )
     keep = labels != IGNORE_INDEX
-    # On CUDA the check would stall the stream, and it would break a graph; gather checks there.
-    if not (labels.is_cuda or torch.compiler.is_compiling()):
-        wrong = labels[keep & ((labels < 0) | (labels >= logits.shape[1]))]
-        if wrong.numel():
-            raise ValueError(
-                f"label {int(wrong[0])} lies outside the vocabulary of {logits.shape[1]}; "
-                f"expected 0 to {logits.shape[1] - 1}, or {IGNORE_INDEX} for an ignored token"
-            )
-    return keep
+    wrong = keep & ((labels < 0) | (labels >= logits.shape[1]))
+    # On CUDA a look would stall the stream, and it would break a graph.
+    if not (labels.is_cuda or torch.compiler.is_compiling()) and wrong.any():
+        raise ValueError(
+            f"label {int(labels[wrong][0])} lies outside the vocabulary of {logits.shape[1]}; "
+            f"expected 0 to {logits.shape[1] - 1}, or {IGNORE_INDEX} for an ignored token"
+        )
+    return keep, wrong

@@ -264,8 +264,8 @@ def targets(rows: list[dict[str, Any]], device: str) -> list[tuple[str, str, boo
         where = f"on a GPU, {name}, 512 rows or more"
         done.append(ratio(f"{aim} × eager_shared {where}", "eager_shared", own, aim))
         done.append(ratio(f"1.2 × compile {where}", "compile", own, 1.2))
-        done.append(ratio(f"1.3 × liger {where}", "liger", own, 1.3))
-        done.append(ratio(f"1.3 × liger_one_chunk {where}", "liger_one_chunk", own, 1.3))
+        for liger in ("liger", "liger_one_chunk", "liger_distillation"):
+            done.append(ratio(f"1.3 × {liger} {where}", liger, own, 1.3))
         done.append(
             ratio(f"0.3 of the peak memory of eager_shared {where}", "eager_shared", own, 0.3,
                   quantity="peak_mib", most=True)

@@ -73,7 +73,7 @@ def test_every_peer_is_there_or_missing_with_a_reason():
     assert not set(found) & set(missing)
     named = {
         "ours", "eager", "eager_shared", "eager_functional", "compile", "compile_functional",
-        "torch_linear_cross_entropy", "liger", "liger_one_chunk", "cce",
+        "torch_linear_cross_entropy", "liger", "liger_one_chunk", "liger_distillation", "cce",
     }  # fmt: skip
     assert set(found) | set(missing) == named
     assert all(missing.values())

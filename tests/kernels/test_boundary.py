@@ -296,7 +296,7 @@ def test_chunked_path_never_holds_all_logits(monkeypatch):
     case = draw(rows, vocab, 8, ignored=0.0)
     problem = _problem(
         case.hidden, case.exemplar, None, case.negative, None, case.weight, case.labels,
-        (1.0, 1.0, 1.0, 1.0), True, True,
+        (1.0, 1.0, 1.0, 1.0), True,
     )  # fmt: skip
     with Largest() as seen:
         chunked.chunked_rows(problem, Wanted(hidden=True, exemplar=True, weight=False))

@@ -17,7 +17,7 @@ from kernels import (
     rda_loss,
     response_loss,
 )
-from tests.kernels.cases import assert_as_good_as_torch, cases, draw, measure, truth
+from tests.kernels.cases import assert_as_good_as_torch, cases, draw, measure, shapes, truth
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"  # without one, conftest lets Triton interpret
@@ -25,28 +25,35 @@ FUSED = ["triton"] if CUDA else ["cpu", "triton"]
 fused = pytest.mark.parametrize("implementation", FUSED)
 every = pytest.mark.parametrize("implementation", [*FUSED, "reference"])
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# The interpreter takes milliseconds a program and step: few examples, small shapes.
-QUICK = settings(max_examples=40)
+SEEDS = st.integers(0, 2**31 - 1)
+# The interpreter takes some 20 milliseconds a row: few examples, few rows.
+ROWS = 4096 if CUDA else 48
+FEW = settings(max_examples=10)
 
 
 # Right
 
 
 @every
-@QUICK
-@given(cases(FLOATS, max_rows=9, max_vocab=300))
-def test_errors_are_at_most_twice_torchs(implementation, case):
+@given(st.data())
+@settings(max_examples=40)
+def test_errors_are_at_most_twice_torchs(implementation, data):
+    rows = ROWS if implementation == "triton" else 4096
+    case = data.draw(cases(FLOATS, elements=2**18, max_rows=rows))
     assert_as_good_as_torch(case.to(DEVICE), implementation)
 
 
 @pytest.mark.skipif(CUDA, reason="float64 is for the CPU")
-@given(cases((torch.float64,), max_rows=80, max_vocab=2000))
+@given(cases((torch.float64,), elements=2**22))
 @settings(max_examples=40)
 def test_chunked_path_is_exact_in_float64(case):
     exact = truth(case).values
     for name, value in measure(case, "cpu").values.items():
         assert value.dtype == torch.float64
-        torch.testing.assert_close(value, exact[name], rtol=1e-11, atol=1e-13, msg=name)
+        largest = exact[name].detach().abs().max() if value.numel() else 0
+        torch.testing.assert_close(
+            value, exact[name], rtol=1e-11, atol=1e-13 * max(1, float(largest)), msg=name
+        )
 
 
 # one block exactly and one more; a whole vocabulary; V = 2; every row a program of its own
@@ -68,9 +75,10 @@ def test_errors_are_at_most_twice_torchs_where_some_rows_lack_a_branch(implement
     assert_as_good_as_torch(case.to(DEVICE), implementation)
 
 
-@pytest.mark.parametrize("implementation", [None] if CUDA else ["cpu"])
+@every
 def test_errors_are_at_most_twice_torchs_with_many_rows(implementation):
-    case = draw(4096, 1001, 16, exemplars=0.9, negatives=0.5)
+    vocab = 64 if implementation == "triton" and not CUDA else 1001
+    case = draw(4096, vocab, 16, exemplars=0.9, negatives=0.5)
     assert_as_good_as_torch(case.to(DEVICE), implementation)
 
 
@@ -154,27 +162,31 @@ def test_shares_of_the_vocabulary_merge(implementation, splits, monkeypatch):
 
 
 @every
-@pytest.mark.parametrize("sharpness", [1.0, 30.0], ids=["soft", "peaked"])
-def test_rda_is_zero_with_zero_gradient_at_equality(implementation, sharpness):
-    case = draw(4, 60, 5, sharpness=sharpness, ignored=0.0).to(DEVICE)
+@given(shapes(2**14, max_rows=8, min_rows=1), SEEDS, st.sampled_from([1.0, 30.0]))
+@FEW
+def test_rda_is_zero_with_zero_gradient_at_equality(implementation, shape, seed, sharpness):
+    case = draw(*shape, 5, seed=seed, sharpness=sharpness, ignored=0.0).to(DEVICE)
     student = case.hidden.requires_grad_()
     loss = linear_rda(
         student, case.hidden.detach(), case.weight, case.labels, implementation=implementation
     )
     loss.backward()
-    assert abs(loss.item()) <= 1e-6
-    assert student.grad.abs().max() <= 1e-5
+    # Two equal rows of one product may differ by its rounding.
+    rounding = 2.0**-22 * (student @ case.weight.T).detach().abs().max().clamp(min=1)
+    assert loss.abs() <= rounding
+    assert student.grad.abs().max() <= 2 * rounding * case.weight.abs().max()
 
 
 @every
-@QUICK
 @given(
+    shape=shapes(2**14, max_rows=8, min_rows=1),
     closeness=st.sampled_from([1.0, 1e-2, 1e-3]),
-    seed=st.integers(0, 2**31 - 1),
+    seed=SEEDS,
     sharpness=st.sampled_from([1.0, 30.0]),
 )
-def test_rda_is_not_negative(implementation, closeness, seed, sharpness):
-    case = draw(5, 90, 8, seed=seed, closeness=closeness, sharpness=sharpness).to(DEVICE)
+@settings(max_examples=30)
+def test_rda_is_not_negative(implementation, shape, closeness, seed, sharpness):
+    case = draw(*shape, 8, seed=seed, closeness=closeness, sharpness=sharpness).to(DEVICE)
     values = linear_rda(
         case.hidden, case.exemplar, case.weight, case.labels,
         reduction="none", implementation=implementation,
@@ -184,11 +196,11 @@ def test_rda_is_not_negative(implementation, closeness, seed, sharpness):
 
 
 @every
-@given(st.integers(0, 2**31 - 1))
-@settings(max_examples=10)
-def test_losses_are_the_same_for_shifted_logits(implementation, seed):
+@given(shapes(2**12, max_rows=8, min_rows=1), SEEDS)
+@FEW
+def test_losses_are_the_same_for_shifted_logits(implementation, shape, seed):
     # A column of ones in the hidden rows meets a column of the head: a constant for all logits.
-    case = draw(5, 40, 6, seed=seed).to(DEVICE)
+    case = draw(*shape, 6, seed=seed).to(DEVICE)
 
     def widened(rows: torch.Tensor, shift: float) -> torch.Tensor:
         return torch.cat([rows, torch.full_like(rows[:, :1], shift)], dim=1)
@@ -209,11 +221,11 @@ def test_losses_are_the_same_for_shifted_logits(implementation, seed):
 
 
 @every
-@given(st.integers(0, 2**31 - 1))
-@settings(max_examples=10)
-def test_permuting_the_vocabulary_changes_nothing(implementation, seed):
-    case = draw(6, 70, 6, seed=seed).to(DEVICE)
-    order = torch.randperm(70, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+@given(shapes(2**14, max_rows=8), SEEDS)
+@FEW
+def test_permuting_the_vocabulary_changes_nothing(implementation, shape, seed):
+    case = draw(*shape, 6, seed=seed).to(DEVICE)
+    order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     keep = case.labels != IGNORE_INDEX
     labels = order.argsort()[case.labels.where(keep, 0)].where(keep, IGNORE_INDEX)
     permuted = replace(case, weight=case.weight[order], labels=labels)
@@ -224,8 +236,11 @@ def test_permuting_the_vocabulary_changes_nothing(implementation, seed):
 
 
 @every
-def test_sum_over_rows_is_the_sum_over_their_parts(implementation):
-    case = draw(8, 40, 6, reduction="none").to(DEVICE)
+@given(shapes(2**14, max_rows=8, min_rows=2), SEEDS, st.data())
+@FEW
+def test_sum_over_rows_is_the_sum_over_their_parts(implementation, shape, seed, data):
+    case = draw(*shape, 6, seed=seed, reduction="none").to(DEVICE)
+    cut = data.draw(st.integers(1, shape[0] - 1))
     whole = measure(case, implementation).values["total"]
     halves = [
         linear_vitask(
@@ -234,15 +249,17 @@ def test_sum_over_rows_is_the_sum_over_their_parts(implementation):
             rda_weight=case.rda_weight, crt_weight=case.crt_weight,
             reduction="none", implementation=implementation,
         ).total
-        for part in (slice(0, 3), slice(3, 8))
+        for part in (slice(None, cut), slice(cut, None))
     ]  # fmt: skip
-    torch.testing.assert_close(whole, torch.cat(halves), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(whole, torch.cat(halves), rtol=1e-6, atol=2e-6)
 
 
 @every
-def test_hidden_gradient_of_rda_has_fishers_form(implementation):
+@given(shapes(2**12, max_rows=1, min_rows=1), SEEDS)
+@FEW
+def test_hidden_gradient_of_rda_has_fishers_form(implementation, shape, seed):
     # Near equality KL is ½ Δᵀ F Δ with F = Cov_p(W): the gradient of a small step Δ is F Δ.
-    case = draw(1, 30, 5, ignored=0.0, closeness=0.0)
+    case = draw(*shape, 5, seed=seed, ignored=0.0, closeness=0.0)
     step = 1e-3 * torch.ones(1, 5)
     student = (case.hidden + step).to(DEVICE).requires_grad_()
     linear_rda(
@@ -261,18 +278,21 @@ def test_hidden_gradient_of_rda_has_fishers_form(implementation):
 
 
 @every
-def test_ignored_rows_give_exactly_zero_even_if_they_hold_nan(implementation):
-    for reduction in ("mean", "none"):
-        clean = draw(6, 40, 5, ignored=0.0, reduction=reduction, detach_exemplar=False)
-        clean.labels[[1, 4]] = IGNORE_INDEX
-        expected = measure(clean.to(DEVICE), implementation).values
-        for branch in (clean.hidden, clean.exemplar, clean.negative):
-            branch[[1, 4]] = torch.nan
-        got = measure(clean.to(DEVICE), implementation).values
-        for name, value in got.items():
-            assert torch.equal(value, expected[name]), name
-        for branch in ("hidden", "exemplar", "negative"):
-            assert (got[f"gradient of {branch}"][[1, 4]] == 0).all()
+@given(shapes(2**14, max_rows=8, min_rows=1), SEEDS, st.sampled_from(["mean", "none"]))
+@FEW
+def test_ignored_rows_give_exactly_zero_even_if_they_hold_nan(
+    implementation, shape, seed, reduction
+):
+    clean = draw(*shape, 5, seed=seed, reduction=reduction, detach_exemplar=False)
+    ignored = clean.labels == IGNORE_INDEX
+    expected = measure(clean.to(DEVICE), implementation).values
+    for branch in (clean.hidden, clean.exemplar, clean.negative):
+        branch[ignored] = torch.nan
+    got = measure(clean.to(DEVICE), implementation).values
+    for name, value in got.items():
+        assert torch.equal(value, expected[name]), name
+    for branch in ("hidden", "exemplar", "negative"):
+        assert (got[f"gradient of {branch}"][ignored.to(DEVICE)] == 0).all()
 
 
 @every

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -95,13 +95,15 @@ def test_losses_add_up_over_row_splits(shape):
         torch.testing.assert_close(loss(slice(None)) * sum(counts), summed)
 
 
-@PAIRED
-def test_gradients_pass_gradcheck(loss):
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64).requires_grad_()
-    labels = torch.tensor([1, IGNORE_INDEX, 4])
-    extra = {"detach_exemplar": False} if loss is rda_loss else {}
-    assert torch.autograd.gradcheck(lambda x, y: loss(x, y, labels, **extra), (a, b))
+@given(SHAPES)
+@settings(max_examples=10)
+def test_gradients_pass_gradcheck(shape):
+    a, b, labels = draw(shape)
+    inputs = (a.requires_grad_(), b.requires_grad_())
+    check = torch.autograd.gradcheck
+    assert check(lambda x: response_loss(x, labels), inputs[:1])
+    assert check(lambda x, y: rda_loss(x, y, labels, detach_exemplar=False), inputs)
+    assert check(lambda x, y: crt_loss(x, y, labels), inputs)
 
 
 def test_rda_sends_no_gradient_into_the_teacher_unless_asked():
@@ -163,6 +165,29 @@ def test_low_precision_logits_are_computed_in_float32(dtype):
 def test_labels_outside_the_vocabulary_are_named(logits, labels, message):
     with pytest.raises(ValueError, match=message):
         response_loss(logits, labels)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrong", [5, -1, 2**40])
+def test_labels_outside_the_vocabulary_are_nan_where_nobody_looks(wrong):
+    logits, other, _ = draw((3, 5, 0))
+    labels = torch.tensor([0, wrong, IGNORE_INDEX])
+    logits.requires_grad_()
+
+    def losses(logits):
+        return (
+            response_loss(logits, labels, reduction="none"),
+            rda_loss(logits, other, labels, reduction="none"),
+            crt_loss(logits, other, labels, reduction="none"),
+        )
+
+    unseen = torch.compile(losses, backend="aot_eager", fullgraph=True)(logits)
+    for loss in unseen:
+        assert loss.isnan().tolist() == [False, True, False]
+    sum(loss.sum() for loss in unseen).backward()
+    assert logits.grad[0].isfinite().all()
+    assert logits.grad[0].any()
+    assert not logits.grad[1:].any()
 
 
 @PAIRED
