@@ -63,8 +63,12 @@ class Work:
         """A VLM as it is, of one's own: tuning changes it in place."""
         import torch
 
-        dtype = getattr(torch, self.recipe.precision)
-        return VLM.load(self.recipe.vlm, dtype=dtype, device=self.context.device)
+        return VLM.load(
+            self.recipe.vlm,
+            dtype=getattr(torch, self.recipe.precision),
+            device=self.context.device,
+            attention=self.recipe.attention,
+        )
 
     @cached_property
     def untuned(self) -> VITask:

@@ -1,7 +1,8 @@
 """The joint loss on the CPU: chunks of rows, so that [rows, vocab] never exists as a whole.
 
 The formulas stand in `kernels/problem.py`; here each line is a pass of PyTorch over a block of
-logits that stays in a core's cache, in place wherever it can be.
+logits that stays in a core's cache, in place wherever it can be. As the head has no bias, the
+logits d = a - n are those of the rows h_a - h_n: computed in float32, n itself is not needed.
 """
 
 from typing import NamedTuple
@@ -37,20 +38,24 @@ def chunked_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None = No
     for chunk in use.tensor_split(parts):
         negative = _own(problem.negative_of, chunk, negatives)
         exemplar = _own(problem.exemplar_of, chunk, len(problem.exemplar))
-        inputs = problem.hidden[chunk]
-        for branch, own in ((problem.negative, negative), (problem.exemplar, exemplar)):
-            if len(branch):
-                inputs = torch.cat([inputs, branch[own.number]])
-        inputs = inputs.to(dtype)
+        inputs = problem.hidden[chunk].to(dtype)
+        if negatives:
+            difference = inputs[negative.at] - problem.negative[negative.number].to(dtype)
+            inputs = torch.cat([inputs, difference])
+        split = len(inputs)
+        if len(problem.exemplar):
+            inputs = torch.cat([inputs, problem.exemplar[exemplar.number].to(dtype)])
         logits = torch.mm(inputs, weight.T, out=buffer[: len(inputs)])
-        losses[:, chunk] = _chunk(logits, problem, chunk, negative.at, exemplar.at, any(wanted))
+        losses[:, chunk] = _chunk(logits, problem, wanted, chunk, negative.at, exemplar.at)
         if hidden_gradient is not None:
-            place = chunk
+            of_inputs = logits[: None if wanted.exemplar else split] @ weight
+            hidden_gradient[chunk] = of_inputs[: len(chunk)]
             if negatives:
-                place = torch.cat([place, rows + negative.number])
+                of_difference = of_inputs[len(chunk) : split]
+                hidden_gradient.index_add_(0, chunk[negative.at], of_difference)
+                hidden_gradient[rows + negative.number] = -of_difference
             if wanted.exemplar:
-                place = torch.cat([place, rows + negatives + exemplar.number])
-            hidden_gradient[place] = logits[: len(place)] @ weight
+                hidden_gradient[rows + negatives + exemplar.number] = of_inputs[split:]
         if weight_gradient is not None:
             if row_scale is not None:
                 scale = row_scale[chunk]
@@ -77,38 +82,67 @@ def _own(slot_of: Tensor, chunk: Tensor, count: int) -> _Own:
     return _Own(at, number[at])
 
 
+class _Block(NamedTuple):
+    """Logits of a few base rows and of their rows in the other branches.
+
+    with_d, with_b: which of the base rows have a negative, an exemplar
+    """
+
+    a: Tensor  # (rows, vocab)
+    d: Tensor  # (with_d, vocab), a - n
+    b: Tensor  # (with_b, vocab)
+    with_d: Tensor
+    with_b: Tensor
+    y: Tensor  # (rows, 1)
+
+    def of_d(self, values: Tensor) -> Tensor:
+        """The rows of `values` (rows, ...) that have a negative; no copy if all have."""
+        return values if len(self.d) == len(self.a) else values[self.with_d]
+
+    def of_b(self, values: Tensor) -> Tensor:
+        return values if len(self.b) == len(self.a) else values[self.with_b]
+
+
 def _chunk(
     logits: Tensor,
     problem: Problem,
+    wanted: Wanted,
     chunk: Tensor,
     with_negative: Tensor,
     with_exemplar: Tensor,
-    gradient: bool,
 ) -> Tensor:
     """Losses (4, chunk rows); turns the stacked logits into their gradients, in place."""
     base = len(chunk)
     labels = problem.labels[chunk]
     factors = problem.factors.tolist()
     losses = torch.zeros(4, base, dtype=logits.dtype)
-    n_end, b_end = base, base + len(with_negative)
+    d_end, b_end = base, base + len(with_negative)
     size = max(1, BLOCK_BYTES // (logits.shape[1] * logits.itemsize))
     spare = logits.new_empty(min(size, base) if len(with_exemplar) else 0, logits.shape[1])
     for start in range(0, base, size):
         stop = min(start + size, base)
-        with_n, with_b = (_within(at, start, stop) for at in (with_negative, with_exemplar))
-        n_start, b_start = n_end, b_end
-        n_end, b_end = n_start + len(with_n), b_start + len(with_b)
+        with_d, with_b = (_within(at, start, stop) for at in (with_negative, with_exemplar))
+        d_start, b_start = d_end, b_end
+        d_end, b_end = d_start + len(with_d), b_start + len(with_b)
         block = _Block(
             a=logits[start:stop],
-            n=logits[n_start:n_end],
+            d=logits[d_start:d_end],
             b=logits[b_start:b_end],
-            with_n=with_n,
+            with_d=with_d,
             with_b=with_b,
             y=labels[start:stop, None],
         )
-        losses[:, start:stop], state = _losses(block, spare[: len(with_b)])
-        if gradient:
-            _gradients(block, state, factors, problem.detach_exemplar)
+        delta = spare[: len(with_b)]
+        mean_delta = _losses(block, delta, losses[:, start:stop])
+        if any(wanted):
+            _gradients(
+                block,
+                delta,
+                mean_delta,
+                factors,
+                of_exemplar=wanted.exemplar or wanted.weight,
+                detach=problem.detach_exemplar,
+            )
     return losses
 
 
@@ -117,96 +151,77 @@ def _within(at: Tensor, start: int, stop: int) -> Tensor:
     return at[(at >= start) & (at < stop)] - start if len(at) else at
 
 
-class _Block(NamedTuple):
-    """Logits of a few base rows and of their rows in the other branches.
+def _losses(block: _Block, delta: Tensor, losses: Tensor) -> Tensor:
+    """Fill the losses (4, rows). Leaves p, r and q in the places of a, d and b, and δ in its own.
 
-    with_n, with_b: which of the base rows have a negative, an exemplar
+    Returns E_p[δ] (with_b, 1).
     """
-
-    a: Tensor  # (rows, vocab)
-    n: Tensor  # (with_n, vocab)
-    b: Tensor  # (with_b, vocab)
-    with_n: Tensor
-    with_b: Tensor
-    y: Tensor  # (rows, 1)
-
-    def of_n(self, values: Tensor) -> Tensor:
-        """The rows of `values` (rows, ...) that have a negative; no copy if all have."""
-        return values if len(self.n) == len(self.a) else values[self.with_n]
-
-    def of_b(self, values: Tensor) -> Tensor:
-        return values if len(self.b) == len(self.a) else values[self.with_b]
-
-
-class _State(NamedTuple):
-    """What the gradients take over: sums of the exponentials, δ and its mean under p."""
-
-    sum_a: Tensor  # (rows, 1)
-    sum_b: Tensor
-    sum_d: Tensor
-    delta: Tensor  # (with_b, vocab)
-    mean_delta: Tensor  # (with_b, 1)
-
-
-def _losses(block: _Block, delta: Tensor) -> tuple[Tensor, _State]:
-    """Losses (4, rows). Leaves exp(x - max) of a, b and d in the places of a, b and n."""
-    a, n, b = block.a, block.n, block.b
-    losses = torch.zeros(4, len(a), dtype=a.dtype)
-    sum_b = sum_d = mean_delta = a.new_empty(0, 1)
-    a_y = a.gather(1, block.y)
+    a, d, b = block.a, block.d, block.b
     if len(b):
         torch.sub(block.of_b(a), b, out=delta)
-    if len(n):
-        d = torch.sub(block.of_n(a), n, out=n)
-        d_y = d.gather(1, block.of_n(block.y))
-        max_d, sum_d = _exponentials(d)
-        losses[3, block.with_n] = (max_d - d_y + sum_d.log())[:, 0]
-    max_a, sum_a = _exponentials(a)
-    losses[0] = (max_a - a_y + sum_a.log())[:, 0]
-    if len(b):
-        b_y = b.gather(1, block.of_b(block.y))
-        max_b, sum_b = _exponentials(b)
-        mean_delta = torch.linalg.vecdot(block.of_b(a), delta)[:, None] / block.of_b(sum_a)
-        # One logarithm of a ratio near 1, not two of large sums: both nearly agree.
-        rda = mean_delta - (block.of_b(max_a) - max_b) - (block.of_b(sum_a) / sum_b).log()
-        losses[1, block.with_b] = (max_b - b_y + sum_b.log())[:, 0]
-        losses[2, block.with_b] = rda[:, 0]
-    return losses, _State(sum_a, sum_b, sum_d, delta, mean_delta)
-
-
-def _exponentials(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum and sum of exp(x - maximum), (rows, 1) each; x becomes these exponentials."""
-    top = x.amax(dim=-1, keepdim=True)
-    x.sub_(top).exp_()
-    return top, x.sum(dim=-1, keepdim=True)
-
-
-def _gradients(block: _Block, state: _State, factors: list[float], detach: bool) -> None:
-    """Turn the exponentials in the places of a, b and n into da + dd, db and -dd."""
-    a, n, b, y = block.a, block.n, block.b, block.y
-    f_v, f_e, f_k, f_c = factors
+    losses[0], peak_a, share_a = _softmax(a, block.y)
+    if len(d):
+        losses[3, block.with_d], _, _ = _softmax(d, block.of_d(block.y))
     if not len(b):
-        a.mul_(f_v / state.sum_a)
-    else:
-        sum_a = block.of_b(state.sum_a)
-        b.mul_((f_e if detach else f_e + f_k) / state.sum_b)
+        return a.new_empty(0, 1)
+    losses[1, block.with_b], peak_b, share_b = _softmax(b, block.of_b(block.y))
+    mean_delta = torch.linalg.vecdot(block.of_b(a), delta)
+    # One logarithm of a ratio near 1, not two of large sums: both nearly agree.
+    log_ratio = (share_b / block.of_b(share_a)).log()
+    losses[2, block.with_b] = mean_delta - (block.of_b(peak_a) - peak_b) - log_ratio
+    return mean_delta[:, None]
+
+
+def _softmax(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (rows, vocab) becomes softmax(x); lse(x) - x_y, the largest x and its share, (rows,) each.
+
+    The largest share is 1 / sum(exp(x - max)): no pass of its own for the sum.
+    """
+    own = x.gather(1, y)[:, 0]
+    peak = x.amax(dim=-1)
+    share = torch.softmax(x, dim=-1, out=x).amax(dim=-1)
+    return peak - own - share.log(), peak, share
+
+
+def _gradients(
+    block: _Block,
+    delta: Tensor,
+    mean_delta: Tensor,
+    factors: list[float],
+    *,
+    of_exemplar: bool,
+    detach: bool,
+) -> None:
+    """Turn p, r and q (only `of_exemplar`) into da, dd and db, in place; δ is used up."""
+    a, d, b, y = block.a, block.d, block.b, block.y
+    f_v, f_e, f_k, f_c = factors
+    _scale(d, f_c)
+    _subtract_label(d, f_c, block.of_d(y))
+    if of_exemplar:
+        _scale(b, f_e if detach else f_e + f_k)
         if not detach:
-            b.sub_(block.of_b(a) * (f_k / sum_a))
-        b.scatter_add_(1, block.of_b(y), b.new_full((len(b), 1), -f_e))
-        # da = p ⊙ (f_v + f_k (δ - E_p[δ])) - f_v e_y
-        slope = state.delta.mul_(f_k / sum_a).add_((f_v - f_k * state.mean_delta) / sum_a)
+            b.sub_(block.of_b(a), alpha=f_k)
+        _subtract_label(b, f_e, block.of_b(y))
+    if not (len(b) and f_k):
+        _scale(a, f_v)
+    else:
+        # p ⊙ (f_v + f_k (δ - E_p[δ]))
+        _scale(delta, f_k)
+        slope = delta.sub_(f_k * mean_delta - f_v)
         if len(b) == len(a):
             a.mul_(slope)
         else:
             with_b = block.of_b(a).mul_(slope)
-            a.mul_(f_v / state.sum_a)
+            _scale(a, f_v)
             a[block.with_b] = with_b
-    a.scatter_add_(1, y, a.new_full((len(a), 1), -f_v))
-    if not len(n):
-        return
-    n.mul_(-f_c / state.sum_d)
-    n.scatter_add_(1, block.of_n(y), n.new_full((len(n), 1), f_c))
-    if len(n) == len(a):
-        a.sub_(n)
-    else:
-        a.index_add_(0, block.with_n, n, alpha=-1)
+    _subtract_label(a, f_v, y)
+
+
+def _scale(x: Tensor, factor: float) -> None:
+    if factor != 1:  # a pass less in the usual case
+        x.mul_(factor)
+
+
+def _subtract_label(x: Tensor, factor: float, y: Tensor) -> None:
+    """x (rows, vocab) - factor e_y, in place."""
+    x.scatter_add_(1, y, x.new_full(y.shape, -factor))

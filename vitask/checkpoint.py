@@ -233,7 +233,12 @@ class VITask:
                 f"{folder / 'vitask.json'} has format {card.get('format')!r}; expected {FORMAT}"
             )
         recipe = Recipe.of_json(card["recipe"])
-        vlm = VLM.load(recipe.vlm, dtype=getattr(torch, recipe.precision), device=device)
+        vlm = VLM.load(
+            recipe.vlm,
+            dtype=getattr(torch, recipe.precision),
+            device=device,
+            attention=recipe.attention,
+        )
         vlm.load_adapter(folder / "adapter")
         if recipe.trained != "adapters":
             vlm.seeing(recipe.trained).load_state_dict(load_file(folder / "vision.safetensors"))

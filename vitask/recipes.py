@@ -63,6 +63,7 @@ class Recipe:
     # Vision language model: "pocket", a folder, or a name on the hub.
     vlm: str = "pocket"
     precision: str = "float32"  # float32 | bfloat16
+    attention: str = "sdpa"  # sdpa | flex_attention (of the language model, on CUDA only)
     lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.0  # above 0 only with step="three"
@@ -103,6 +104,7 @@ class Recipe:
     def __post_init__(self) -> None:
         _one_of("variant", self.variant, ("cls", "all", "rep"))
         _one_of("precision", self.precision, ("float32", "bfloat16"))
+        _one_of("attention", self.attention, ("sdpa", "flex_attention"))
         _one_of("instruction", self.instruction, tuple(FORMS))
         _one_of("trained", self.trained, ("adapters", "connector", "vision"))
         _one_of("step", self.step, ("shared", "three"))

@@ -14,6 +14,7 @@ import peft
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AutoProcessor, InternVLForConditionalGeneration, InternVLProcessor
 
 from vitask.pocket import POCKET
@@ -47,17 +48,24 @@ class VLM:
 
     @classmethod
     def load(
-        cls, name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        attention: str = "sdpa",
     ) -> "VLM":
         """Load "pocket", a folder or a hub name; everything frozen, in evaluation mode.
 
-        Attention is SDPA.
+        attention: of the language model on CUDA, "sdpa" or "flex_attention"; elsewhere it is
+        SDPA, for FlexAttention trains on CUDA only. Both compute the same.
         """
         source = str(POCKET) if name == "pocket" else name
+        text = attention if torch.device(device).type == "cuda" else "sdpa"
         try:
             processor = AutoProcessor.from_pretrained(source)
             model = InternVLForConditionalGeneration.from_pretrained(
-                source, dtype=dtype, attn_implementation="sdpa"
+                source, dtype=dtype, attn_implementation={"": "sdpa", "text_config": text}
             )
         except OSError as error:
             raise ValueError(
@@ -196,21 +204,31 @@ class VLM:
         mask: bool (batch or 1, 1, tokens, tokens), True where a token may look; None is causal.
         Rows are padded on the right: under a causal mask padding is never looked at.
         """
-        attention = self.model.config.text_config._attn_implementation
-        if attention == "eager" and mask is not None:  # it adds the mask to the scores
-            hidden = torch.finfo(embeddings.dtype).min
-            mask = torch.zeros_like(mask, dtype=embeddings.dtype).masked_fill(~mask, hidden)
-        elif attention not in ("eager", "sdpa"):
-            raise ValueError(
-                f"attention is {attention!r}; expected 'sdpa' or 'eager', which take a mask over "
-                "pairs of tokens: load the model through VLM.load"
-            )
         return self.model.model.language_model(
             inputs_embeds=embeddings,
-            attention_mask=mask,
+            attention_mask=None if mask is None else self._mask(mask, embeddings.dtype),
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state
+
+    def _mask(self, mask: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:
+        """The mask in the form that the language model's attention takes."""
+        attention = self.model.config.text_config._attn_implementation
+        if attention == "sdpa":
+            return mask
+        if attention == "eager":  # it adds the mask to the scores
+            return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        if attention == "flex_attention":  # it skips blocks in which nobody looks at anybody
+
+            def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                return mask[row, 0, query, key]
+
+            rows, _, queries, keys = mask.shape
+            return create_block_mask(seen, rows, None, queries, keys, device=mask.device)
+        raise ValueError(
+            f"attention is {attention!r}; expected 'sdpa', 'eager' or 'flex_attention', which take "
+            "a mask over pairs of tokens: load the model through VLM.load"
+        )
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
         """Head in float32 at least: differences of branches are small, bfloat16 would lose them."""

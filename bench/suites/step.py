@@ -4,7 +4,8 @@ Steps are forward and backward with LoRA, image features kept, every image 256 t
 own 16), 40 tokens of instruction, 8 of response; every row has an exemplar and a negative.
 vanilla: our own engine, response-only logits, Van alone. naive: three stock forwards, logits at
 all positions, losses in eager PyTorch. three_forwards: logits at the response only, fused losses.
-shared_stage1, shared_stage2: the default, one forward for all branches.
+shared_stage1, shared_stage2: the default, one forward for all branches; on CUDA also with
+FlexAttention (shared_stage2_flex) in the place of SDPA with a dense mask.
 Scores are of 11 classes for every image. score_batch1: a stock forward per image and class with
 logits everywhere. score_batched: a forward per class, response-only. score_trie: one for all.
 ratio_to_vanilla is the median over rounds of a variant's time by vanilla's in the same round;
@@ -118,7 +119,7 @@ class Bench:
     def variants(self) -> dict[str, Callable[[], object]]:
         stage_1 = self.samples._replace(negative=None)
         alone = stage_1._replace(exemplar=None)
-        return {
+        variants = {
             "vanilla": lambda: self._step(three_forwards, alone, STAGE_1),
             "naive": self._naive,
             "three_forwards": lambda: self._step(three_forwards, self.samples, STAGE_2),
@@ -128,6 +129,9 @@ class Bench:
             "score_batched": self._score_batched,
             "score_trie": self._score_trie,
         }
+        if self.device == "cuda":
+            variants["shared_stage2_flex"] = self._flex
+        return variants
 
     def tokens(self) -> dict[str, int]:
         """Tokens that the language model reads in each variant."""
@@ -141,6 +145,7 @@ class Bench:
             "three_forwards": three,
             "shared_stage1": stage_1,
             "shared_stage2": stage_1 + RESPONSE - 1,
+            "shared_stage2_flex": stage_1 + RESPONSE - 1,
             "score_batch1": CLASSES * (image + prompt + 1),
             "score_batched": CLASSES * (image + prompt),
             "score_trie": image + INSTRUCTION + nodes,
@@ -150,6 +155,12 @@ class Bench:
     def _step(self, forward: Callable[..., BranchRows], samples: Samples, weights: Weights) -> None:
         rows = forward(self.vlm, self.connector, samples, "cls")
         self._backward(joint_loss(self.vlm, rows, weights, detach_exemplar=True).total)
+
+    def _flex(self) -> None:
+        config = self.vlm.model.config.text_config
+        config._attn_implementation = "flex_attention"
+        self._step(shared_forward, self.samples, STAGE_2)
+        config._attn_implementation = "sdpa"
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()

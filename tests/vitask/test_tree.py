@@ -151,6 +151,28 @@ def test_one_forward_equals_three_in_float32(load, text, batch, variant):
     assert_equal(vlm, connector, samples, variant, True, allowed=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention trains on CUDA only")
+def test_flex_attention_trains_as_sdpa_does():
+    batch = (0, [5, 9], [0, 0, 1, 1, 1], [2, 3, 1, 4, 2], [1, 0, 3, 2, 3], 1)
+    found = []
+    for attention in ("sdpa", "flex_attention"):
+        torch.manual_seed(1)
+        vlm = VLM.load("pocket", device="cuda", attention=attention)
+        vlm.add_lora(rank=4, alpha=8, dropout=0.0)
+        connector = ExemplarConnector(6, vlm.hidden_size).to("cuda")
+        on_cpu = samples_of(vlm, batch, torch.float32)
+        samples = on_cpu._replace(
+            image=on_cpu.image.cuda(),
+            exemplar=on_cpu.exemplar.cuda(),
+            negative=on_cpu.negative.cuda(),
+        )
+        found.append(outcome(shared_forward, vlm, connector, samples, "cls", True))
+    (_, losses, gradients), (_, others, other_gradients) = found
+    torch.testing.assert_close(losses, others, rtol=1e-4, atol=1e-5)
+    ours, theirs = (torch.cat([g.flatten() for g in side]) for side in (gradients, other_gradients))
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
 @pytest.mark.parametrize("missing", ["exemplar", "negative", "both", "negatives"])
 def test_branches_that_are_absent_stay_absent(load, missing):
     vlm, connector = load("qwen2", torch.float64)

@@ -1,5 +1,7 @@
 """The thin layer over transformers: the same numbers as transformers' own way, nothing lost."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -108,19 +110,31 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         VLM.load(str(tmp_path / "nowhere"))
 
 
-def test_eager_attention_sees_the_same_through_a_mask_of_pairs(tiny_checkpoint):
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_every_attention_sees_the_same_through_a_mask_of_pairs(attention):
+    if attention == "flex_attention" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler for torch.compile, which FlexAttention needs")
     torch.manual_seed(0)
-    vlm = VLM.load(str(tiny_checkpoint))
-    embeddings = torch.randn(2, 7, vlm.hidden_size)
-    mask = torch.rand(2, 1, 7, 7).gt(0.5).tril() | torch.eye(7, dtype=torch.bool)
-    expected = {m is None: vlm.hidden(embeddings, mask=m) for m in (mask, None)}
-    vlm.model.set_attn_implementation("eager")
-    for m in (mask, None):
-        torch.testing.assert_close(vlm.hidden(embeddings, mask=m), expected[m is None])
+    vlm = VLM.load("pocket")
+    embeddings = torch.randn(2, 40, vlm.hidden_size)
+    pairs = torch.rand(2, 1, 40, 40).gt(0.5).tril() | torch.eye(40, dtype=torch.bool)
+    masks = (pairs, pairs[:1], None)  # of each row, of all rows, causal
+    with torch.no_grad():  # on the CPU FlexAttention has no backward pass
+        expected = [vlm.hidden(embeddings, mask=mask) for mask in masks]
+        vlm.model.config.text_config._attn_implementation = attention
+        for mask, hidden in zip(masks, expected, strict=True):
+            found = vlm.hidden(embeddings, mask=mask)
+            torch.testing.assert_close(found, hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_flex_attention_is_for_cuda():
+    vlm = VLM.load("pocket", attention="flex_attention")
+    assert vlm.model.config.text_config._attn_implementation == "sdpa"
 
 
 def test_other_attention_is_refused(tiny_checkpoint):
     vlm = VLM.load(str(tiny_checkpoint))
     vlm.model.config.text_config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"'flash_attention_2'; expected 'sdpa' or 'eager'"):
-        vlm.hidden(torch.zeros(1, 3, vlm.hidden_size))
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match=r"'flash_attention_2'; expected 'sdpa', 'eager' or"):
+        vlm.hidden(torch.zeros(1, 3, vlm.hidden_size), mask=mask)
