@@ -206,25 +206,26 @@ class VLM:
         """
         return self.model.model.language_model(
             inputs_embeds=embeddings,
-            attention_mask=None if mask is None else self._mask(mask, embeddings.dtype),
+            attention_mask=None if mask is None else self._mask(mask, embeddings),
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state
 
-    def _mask(self, mask: Tensor, dtype: torch.dtype) -> Tensor | BlockMask:
+    def _mask(self, mask: Tensor, embeddings: Tensor) -> Tensor | BlockMask:
         """The mask in the form that the language model's attention takes."""
         attention = self.model.config.text_config._attn_implementation
         if attention == "sdpa":
             return mask
         if attention == "eager":  # it adds the mask to the scores
-            return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+            zeros = torch.zeros_like(mask, dtype=embeddings.dtype)
+            return zeros.masked_fill(~mask, torch.finfo(embeddings.dtype).min)
         if attention == "flex_attention":  # it skips blocks in which nobody looks at anybody
-
-            def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                return mask[row, 0, query, key]
-
             rows, _, queries, keys = mask.shape
-            return create_block_mask(seen, rows, None, queries, keys, device=mask.device)
+            of_all = mask.expand(len(embeddings), -1, -1, -1)
+            return create_block_mask(
+                lambda row, head, query, key: of_all[row, 0, query, key],
+                rows, None, queries, keys, device=mask.device,
+            )  # fmt: skip
         raise ValueError(
             f"attention is {attention!r}; expected 'sdpa', 'eager' or 'flex_attention', which take "
             "a mask over pairs of tokens: load the model through VLM.load"

@@ -110,6 +110,8 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         VLM.load(str(tmp_path / "nowhere"))
 
 
+# How transformers makes FlexAttention's causal mask.
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_every_attention_sees_the_same_through_a_mask_of_pairs(attention):
     if attention == "flex_attention" and not (shutil.which("g++") or shutil.which("clang++")):
