@@ -19,6 +19,29 @@ BLOCK_BYTES = 2**20  # of one branch's logits in a pass; a few of them fit into 
 
 def chunked_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None = None) -> RowResult:
     """Losses and gradients; `row_scale` (rows,) scales each row's part of the head's gradient."""
+    use = counted(problem.labels)
+    if use.all():
+        return _counted_rows(problem, wanted, row_scale)
+    # Ignored rows are not even projected: without them, and zeros in their places.
+    few = problem._replace(
+        hidden=problem.hidden[use],
+        labels=problem.labels[use],
+        negative_of=problem.negative_of[use],
+        exemplar_of=problem.exemplar_of[use],
+    )
+    result = _counted_rows(few, wanted, None if row_scale is None else row_scale[use])
+    losses = result.losses.new_zeros(4, len(use))
+    losses[:, use] = result.losses
+    gradient = result.hidden
+    if gradient is not None:
+        of_hidden = gradient.new_zeros(problem.hidden.shape)
+        of_hidden[use] = gradient[: len(few.hidden)]
+        gradient = torch.cat([of_hidden, gradient[len(few.hidden) :]])
+    return RowResult(losses, gradient, result.weight)
+
+
+def _counted_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None) -> RowResult:
+    """`chunked_rows` where no row is ignored."""
     rows, negatives = len(problem.hidden), len(problem.negative)
     dtype, vocab = problem.dtype, len(problem.weight)
     weight = problem.weight.to(dtype)
@@ -32,34 +55,38 @@ def chunked_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None = No
 
     branches = 1 + bool(negatives) + bool(len(problem.exemplar))
     size = max(MIN_ROWS, LOGIT_BYTES // (branches * vocab * dtype.itemsize))
-    use = counted(problem.labels).nonzero()[:, 0]  # ignored rows are not even projected
-    parts = max(1, -(-len(use) // size))  # of one size: each reads the whole head
-    buffer = torch.empty(branches * -(-len(use) // parts), vocab, dtype=dtype)
-    for chunk in use.tensor_split(parts):
-        negative = _own(problem.negative_of, chunk, negatives)
-        exemplar = _own(problem.exemplar_of, chunk, len(problem.exemplar))
-        inputs = problem.hidden[chunk].to(dtype)
+    parts = max(1, -(-rows // size))  # of one size: each reads the whole head
+    size = max(1, -(-rows // parts))
+    buffer = torch.empty(branches * size, vocab, dtype=dtype)
+    for start in range(0, rows, size):
+        chunk = slice(start, min(start + size, rows))
+        negative = _own(problem.negative_of[chunk], negatives)
+        exemplar = _own(problem.exemplar_of[chunk], len(problem.exemplar))
+        base = inputs = problem.hidden[chunk].to(dtype)
         if negatives:
-            difference = inputs[negative.at] - problem.negative[negative.number].to(dtype)
+            difference = base[negative.at] - problem.negative[negative.number].to(dtype)
             inputs = torch.cat([inputs, difference])
         split = len(inputs)
         if len(problem.exemplar):
             inputs = torch.cat([inputs, problem.exemplar[exemplar.number].to(dtype)])
         logits = torch.mm(inputs, weight.T, out=buffer[: len(inputs)])
-        losses[:, chunk] = _chunk(logits, problem, wanted, chunk, negative.at, exemplar.at)
+        labels = problem.labels[chunk]
+        losses[:, chunk] = _chunk(logits, problem, wanted, labels, negative.at, exemplar.at)
         if hidden_gradient is not None:
             of_inputs = logits[: None if wanted.exemplar else split] @ weight
-            hidden_gradient[chunk] = of_inputs[: len(chunk)]
+            of_base = hidden_gradient[chunk]
+            of_base.copy_(of_inputs[: len(base)])
             if negatives:
-                of_difference = of_inputs[len(chunk) : split]
-                hidden_gradient.index_add_(0, chunk[negative.at], of_difference)
+                of_difference = of_inputs[len(base) : split]
+                of_base.index_add_(0, negative.at, of_difference)
                 hidden_gradient[rows + negative.number] = -of_difference
             if wanted.exemplar:
                 hidden_gradient[rows + negatives + exemplar.number] = of_inputs[split:]
         if weight_gradient is not None:
             if row_scale is not None:
                 scale = row_scale[chunk]
-                inputs *= torch.cat([scale, scale[negative.at], scale[exemplar.at]])[:, None]
+                scales = torch.cat([scale, scale[negative.at], scale[exemplar.at]])
+                inputs = inputs * scales[:, None]
             weight_gradient.addmm_(logits.T, inputs)
     return RowResult(losses, hidden_gradient, weight_gradient)
 
@@ -74,10 +101,9 @@ class _Own(NamedTuple):
     number: Tensor
 
 
-def _own(slot_of: Tensor, chunk: Tensor, count: int) -> _Own:
+def _own(number: Tensor, count: int) -> _Own:
     if not count:
-        return _Own(chunk[:0], chunk[:0])
-    number = slot_of[chunk]
+        return _Own(number[:0], number[:0])
     at = (number >= 0).nonzero()[:, 0]
     return _Own(at, number[at])
 
@@ -107,13 +133,12 @@ def _chunk(
     logits: Tensor,
     problem: Problem,
     wanted: Wanted,
-    chunk: Tensor,
+    labels: Tensor,
     with_negative: Tensor,
     with_exemplar: Tensor,
 ) -> Tensor:
     """Losses (4, chunk rows); turns the stacked logits into their gradients, in place."""
-    base = len(chunk)
-    labels = problem.labels[chunk]
+    base = len(labels)
     factors = problem.factors.tolist()
     losses = torch.zeros(4, base, dtype=logits.dtype)
     d_end, b_end = base, base + len(with_negative)
@@ -195,9 +220,10 @@ def _gradients(
     """Turn p, r and q (only `of_exemplar`) into da, dd and db, in place; δ is used up."""
     a, d, b, y = block.a, block.d, block.b, block.y
     f_v, f_e, f_k, f_c = factors
-    _scale(d, f_c)
-    _subtract_label(d, f_c, block.of_d(y))
-    if of_exemplar:
+    if len(d):
+        _scale(d, f_c)
+        _subtract_label(d, f_c, block.of_d(y))
+    if of_exemplar and len(b):
         _scale(b, f_e if detach else f_e + f_k)
         if not detach:
             b.sub_(block.of_b(a), alpha=f_k)

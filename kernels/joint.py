@@ -150,11 +150,15 @@ def _problem(
 
 
 def _numbers(problem: Problem) -> Tensor:
-    """(4,): how many rows count in each loss, 1 for none, in the dtype that is computed in."""
+    """(4,): how many rows count in each loss, 1 for none, in the dtype that is computed in.
+
+    The number of an absent branch, whose losses are zeros, is that of the base rows.
+    """
     use = counted(problem.labels)
-    exemplar = (use & (problem.exemplar_of >= 0)).sum()
-    negative = (use & (problem.negative_of >= 0)).sum()
-    numbers = torch.stack([use.sum(), exemplar, exemplar, negative])
+    base = use.sum()
+    exemplar = (use & (problem.exemplar_of >= 0)).sum() if len(problem.exemplar) else base
+    negative = (use & (problem.negative_of >= 0)).sum() if len(problem.negative) else base
+    numbers = torch.stack([base, exemplar, exemplar, negative])
     return numbers.clamp(min=1).to(problem.dtype)
 
 

@@ -87,10 +87,12 @@ def slots(rows: Tensor | None, count: int, hidden: Tensor) -> Tensor:
     Of a row that is named twice the last counts, a number outside counts nowhere. Nothing here
     waits for the device.
     """
-    number = torch.arange(count, device=hidden.device)
     of = len(hidden)
+    if not count:
+        return torch.full((of,), -1, device=hidden.device)
+    number = torch.arange(count, device=hidden.device)
     if rows is None:
-        return number if count else torch.full((of,), -1, device=hidden.device)
+        return number
     inside = (rows >= 0) & (rows < of)
     target = rows.where(inside, of)  # what points outside goes into a slot of its own
     inverse = torch.full((of + 1,), -1, device=hidden.device)
@@ -113,8 +115,8 @@ def check_values(
     that would stall the stream."""
     if labels.is_cuda:
         return
-    wrong = labels[counted(labels) & ((labels < 0) | (labels >= len(weight)))]
-    if wrong.numel():
+    inside = (labels >= 0) & (labels < len(weight))
+    if not inside.all() and (wrong := labels[counted(labels) & ~inside]).numel():
         raise ValueError(
             f"label {int(wrong[0])} lies outside the vocabulary of {len(weight)}; "
             f"expected 0 to {len(weight) - 1}, or {IGNORE_INDEX} for an ignored row"
