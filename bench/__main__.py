@@ -4,7 +4,7 @@ Nothing heavy is imported before it is needed, so `--help` and `list` answer at 
 """
 
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,23 +136,32 @@ def _run(wanted: Sequence[str], plan: "Plan", *, resume: bool, fresh: bool) -> d
 
     from bench import runs, table
     from bench.official import write_official
-    from bench.plan import Job, specs_of
+    from bench.plan import Job, sized, specs_of
     from bench.progress import Progress, Scaled
     from bench.record import command_line
     from bench.suites import suite
 
     logging.disable_progress_bar()  # one progress display is enough: ours
     failed: dict[str, str] = {}
-    jobs: list[Job] = []  # all data are checked before anything runs: a bad file stops here
+    jobs: list[Job] = []  # all data are checked before anything runs
     loaded: dict[Any, Any] = {}  # data that suites share
     for name in wanted:
         lacking = getattr(suite(name), "unavailable", lambda plan: None)(plan)
         if lacking and len(wanted) > 1:
             typer.echo(f"{name} is left out: {lacking}", err=True)
             continue
-        jobs.append(Job.of(name, plan, loaded))
+        try:
+            jobs.append(Job.of(name, sized(plan, suite(name)), loaded))
+        except Exception as error:  # of one suite's own data, perhaps
+            if len(wanted) == 1:
+                raise
+            failed[name] = _described(error)
+    if not jobs:
+        return failed
     cache: dict[Any, Any] = {}  # what suites compute in common
     units = sum(job.units for job in jobs) * len(plan.seeds)
+    for name, why in failed.items():
+        typer.echo(f"{name} cannot run: {why}", err=True)
     with runs.locked(plan.folder), Progress(units) as progress:
         if fresh:
             runs.start_over(plan.folder, [job.name for job in jobs])
@@ -229,12 +238,14 @@ def report(
     from bench.official import write_official
     from bench.plan import specs_of
 
+    broken: list[str] = []
     for folder in _runs(folders, out):
         with runs.locked(folder):
-            for records in _suites(folder):
+            for records in _suites(folder, broken):
                 written = table.write(folder, records, specs_of(records[0]))
                 for path in [*written, *write_official(folder, records)]:
                     typer.echo(str(path))
+    _fail_for(broken)
 
 
 @app.command()
@@ -249,10 +260,10 @@ def verify(
     from bench.plan import Job, plan_of
     from bench.verify import differences, strays
 
-    found = []
+    found: list[str] = []
     for folder in _runs(folders, out):
         loaded: dict[Any, dict[str, Dataset]] = {}
-        for records in _suites(folder):
+        for records in _suites(folder, found):
             plan = plan_of(
                 records[0],
                 roots=data_root or (),
@@ -271,10 +282,7 @@ def verify(
             count = f"{len(records)} record(s) of {records[0].suite}"
             typer.echo(f"{folder}: {count}: {f'{len(wrong)} difference(s)' if wrong else 'ok'}")
         found += [f"{folder}: {text}" for text in strays(folder)]
-    for text in found:
-        typer.echo(text, err=True)
-    if found:
-        raise typer.Exit(FAILED)
+    _fail_for(found)
 
 
 @app.command()
@@ -298,7 +306,7 @@ def compare(
     for folder in found:
         frame = comparison.compare(folder, runs.read_records(folder, suite), method, reference)
         typer.echo(f"{folder}: {method} against {reference}")
-        typer.echo(frame.to_string(index=False, float_format="{:.3f}".format))
+        typer.echo(frame.to_string(index=False, float_format="{:.4f}".format))
 
 
 @app.command()
@@ -352,10 +360,24 @@ def _runs(folders: Sequence[Path] | None, out: Path) -> list[Path]:
     return found
 
 
-def _suites(folder: Path) -> "list[list[Record]]":
+def _suites(folder: Path, broken: list[str]) -> "Iterator[list[Record]]":
+    """Each suite's records; a suite that lacks some is noted, and the others still count."""
     from bench import runs
 
-    return [runs.read_records(folder, name) for name in runs.read_manifest(folder)]
+    for name in runs.read_manifest(folder):
+        try:
+            records = runs.read_records(folder, name)
+        except ValueError as error:
+            broken.append(str(error))
+            continue
+        yield records
+
+
+def _fail_for(found: Collection[str]) -> None:
+    for text in found:
+        typer.echo(text, err=True)
+    if found:
+        raise typer.Exit(FAILED)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -16,15 +16,17 @@ def kept(
     folder: Path,
     key: str,
     suite: str,
-    make: Callable[[], tuple[Model, Any]],
+    prepare: Callable[[], Callable[[], tuple[Model, Any]]],
     save: Callable[[Model, Path], None],
     load: Callable[[Path], Model],
 ) -> tuple[Model, dict[str, Any]]:
     """The model of this content key and its note: log, seconds and peak_mib of its training.
 
-    One that is not there is made and saved; its note is written last, so a checkpoint cut off in
-    the middle does not count. The loaded model is used either way: what is scored is what is on
-    disk. In the note, `found` says whether it was there and `suite` for which suite it was made.
+    One that is not there is trained and saved. `prepare` gives the function that trains it, whose
+    seconds are counted; what models share is computed before. The note is written last, so a
+    checkpoint cut off in the middle does not count. The loaded model is used either way: what is
+    scored is what is on disk. In the note, `found` says whether it was there and `suite` for
+    which suite it was made.
     """
     path = folder.with_name(f"{folder.name}.json")
     if folder.is_dir() and path.is_file():
@@ -33,9 +35,10 @@ def kept(
             return load(folder), note | {"found": True}
     discard(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    train = prepare()
     reset_peak()
     start = time.perf_counter()
-    model, log = make()
+    model, log = train()
     seconds = round(time.perf_counter() - start, 2)
     save(model, folder)
     note = {"key": key, "suite": suite, "log": log}

@@ -10,7 +10,7 @@ import pandas as pd
 from bench.items import Measure, measure_of
 from bench.plan import specs_of
 from bench.record import Record
-from bench.suites import suite
+from bench.suites import images_of, suite
 from bench.table import tabulate
 
 METRICS = ("macro_f1", "accuracy", "auc", "balanced_accuracy", "ece", "qwk")
@@ -24,6 +24,7 @@ class Pair:
     REFERENCE: str | Mapping[str, str] | None
     measured: Measure
     averaged: Callable[[str], bool]
+    images_of: Callable[[str], str]
 
 
 def compare(folder: Path, records: Sequence[Record], method: str, reference: str) -> pd.DataFrame:
@@ -45,7 +46,13 @@ def compare(folder: Path, records: Sequence[Record], method: str, reference: str
     mine = [record for record in records if record.method in (method, reference)]
     module = suite(records[0].suite)
     averaged = getattr(module, "averaged", lambda name: True)
-    pair = Pair({method: "", reference: ""}, reference, measure_of(module), averaged)
+    pair = Pair(
+        {method: "", reference: ""},
+        reference,
+        measure_of(module),
+        averaged,
+        lambda name: images_of(module, name),
+    )
     frame = tabulate(folder, mine, specs_of(records[0]), pair)
     keys = ["dataset", "metric"]
     means = frame[frame["method"] == reference].set_index(keys)["mean"].rename(reference)

@@ -1,7 +1,7 @@
 """The Markdown page of a suite: tables of its CSV, what is published beside it, what made it."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import jinja2
 import pandas as pd
 
 from bench.record import Record
-from bench.suites import Suite, suite
+from bench.suites import Suite, images_of, reference_of, suite
 
 TABLES = {
     "macro_f1": "Macro-F1 over the fixed label set, by constrained scoring",
@@ -30,6 +30,7 @@ ENVIRONMENT = jinja2.Environment(
 )
 LOWER_IS_BETTER = ("ece", "gen_invalid", "overlap", "negative")
 SIGNIFICANT = 0.05
+SMALL_TEST = 500  # images; below, a row is flagged
 MOST_COLUMNS = 8  # of a table; with more methods each is a line
 
 
@@ -53,11 +54,12 @@ def page(
         record=first,
         seeds=sorted({record.seed for record in records}),
         methods=module.METHODS,
+        references={method: reference_of(module, method) for method in module.METHODS},
         reference=_reference(module),
         tables=[(title, table) for title, table in [*tables, *sections] if table],
         figures=sorted(figures),
-        unverified=[name for name, card in first.data.items() if not card["md5_ok"]],
-        small=[n for n, card in first.data.items() if card["images"]["test"] < 500],
+        unverified=_named(module, first, lambda card: not card["md5_ok"]),
+        small=_named(module, first, lambda card: card["images"]["test"] < SMALL_TEST),
         coverage={n: c["coverage"] for r in records for n, c in r.candidates.items()},
         published_note=module.PUBLISHED_NOTE,
         published=_published(module.PUBLISHED, root),
@@ -70,7 +72,13 @@ def _reference(module: Suite) -> str:
     """What the marks compare with, in words; empty without a comparison."""
     if isinstance(module.REFERENCE, str):
         return f"`{module.REFERENCE}`"
-    return "each method's own reference (named with the methods)" if module.REFERENCE else ""
+    return "the method named beside each method" if module.REFERENCE else ""
+
+
+def _named(module: Suite, record: Record, holds: Callable[[dict[str, Any]], bool]) -> list[str]:
+    """Scored sets of which something holds, those of the same images once."""
+    shown = dict.fromkeys(images_of(module, name) for name in record.data)
+    return [name for name in shown if name in record.data and holds(record.data[name])]
 
 
 def _table(frame: pd.DataFrame, metric: str, methods: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from bench import record as records
 from bench.record import Record
 from bench.suites import Suite, suite
 from vitask.data import load, subset
+from vitask.data.check import torn_groups
 from vitask.data.spec import Dataset, DatasetSpec
 from vitask.prompts import instruction
 from vitask.recipes import Recipe
@@ -52,6 +53,11 @@ class Plan:
                 allow_unverified=self.allow_unverified,
                 phantom_sizes=self.recipe.phantom_samples,
             )
+            if torn := torn_groups(dataset):
+                raise ValueError(
+                    f"{name}: {len(torn)} group(s) have images in two parts ({torn[0]}, ...), so "
+                    "that the test part is not new to the models; divide the set by group"
+                )
             dataset = subset(dataset, train=self.recipe.train_limit, val=self.recipe.val_limit)
             if self.limit is not None:
                 dataset = subset(dataset, train=self.limit, val=self.limit, test=self.limit)
@@ -67,7 +73,7 @@ class Job:
     """
 
     name: str
-    plan: Plan  # with the suite's own recipe and datasets
+    plan: Plan  # at the suite's own size
     datasets: dict[str, Dataset]
     evaluated: dict[str, Dataset]
 
@@ -75,15 +81,15 @@ class Job:
     def of(
         cls, name: str, plan: Plan, loaded: dict[Any, dict[str, Dataset]] | None = None
     ) -> "Job":
-        """`loaded` keeps data that several suites share."""
-        module = suite(name)
-        own, loaded = sized(plan, module), {} if loaded is None else loaded
-        key = (own.names, own.recipe.train_limit, own.recipe.val_limit)
+        """`plan` is at the suite's size already (`sized`, or out of a record); `loaded` keeps
+        data that several suites share."""
+        loaded = {} if loaded is None else loaded
+        key = (plan.names, plan.recipe.train_limit, plan.recipe.val_limit)
         if key not in loaded:
-            loaded[key] = own.datasets()
+            loaded[key] = plan.datasets()
         datasets = loaded[key]
-        evaluated = getattr(module, "evaluated", lambda plan, datasets: datasets)
-        return cls(name, own, datasets, evaluated(own, datasets))
+        evaluated = getattr(suite(name), "evaluated", lambda plan, datasets: datasets)
+        return cls(name, plan, datasets, evaluated(plan, datasets))
 
     @property
     def module(self) -> Suite:

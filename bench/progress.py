@@ -23,6 +23,8 @@ class Advancing(Protocol):
 
     def advance(self, units: float, text: str) -> None: ...
 
+    def skip(self, units: float, text: str) -> None: ...
+
     def note(self, text: str) -> None: ...
 
 
@@ -35,6 +37,9 @@ class Scaled:
 
     def advance(self, units: float, text: str) -> None:
         self.whole.advance(units * self.factor, text)
+
+    def skip(self, units: float, text: str) -> None:
+        self.whole.skip(units * self.factor, text)
 
     def note(self, text: str) -> None:
         self.whole.note(text)
@@ -75,10 +80,20 @@ class Progress:
         """So many units are done; `text` says what was."""
         self._done += units
         self._bar.update(self._task, advance=units, description=text)
+        self._line(text)
+
+    def skip(self, units: float, text: str) -> None:
+        """So many units are there already: less is to do, and nothing is known of its speed."""
+        self._units -= units
+        self._bar.update(self._task, total=self._units, description=text)
+        self._line(text)
+
+    def _line(self, text: str) -> None:
+        """What the bar says, where there is no terminal."""
         if not self._console.is_terminal:
             passed = time.monotonic() - self._start
             left = passed / self._done * max(self._units - self._done, 0) if self._done else 0
-            share = min(self._done / self._units, 1)
+            share = min(self._done / self._units, 1) if self._units > 0 else 1
             self._console.print(
                 f"{share:4.0%}  {_clock(passed)} passed, about {_clock(left)} left  {text}",
                 highlight=False,

@@ -103,10 +103,14 @@ def note_unfinished(folder: Path, runs: Mapping[str, str | None]) -> None:
 
 
 def record_keys(job: Job) -> dict[tuple[str, int], str]:
-    """Content key of each method and seed."""
+    """Content key of each method and seed.
+
+    The suite's own source is part of it: there stands what its methods change in the recipe.
+    """
+    source = file_sha256(Path(job.module.__file__))
     return {
         (method, seed): content_key(
-            job.identity() | {"suite": job.name, "method": method, "seed": seed}
+            job.identity() | {"suite": job.name, "source": source, "method": method, "seed": seed}
         )
         for seed in job.plan.seeds
         for method in job.module.METHODS
@@ -129,6 +133,10 @@ class _Counted:
     def advance(self, units: float, text: str) -> None:
         self.units += units
         self.whole.advance(units, text)
+
+    def skip(self, units: float, text: str) -> None:
+        self.units += units
+        self.whole.skip(units, text)
 
     def note(self, text: str) -> None:
         self.whole.note(text)
@@ -174,7 +182,7 @@ def run_suite(
                 records.reset_peak()
                 start = time.perf_counter()
         if (rest := module.units(plan.recipe) - told.units) > 1e-6:  # of methods that were there
-            progress.advance(rest, f"{name}, seed {seed}")
+            progress.skip(rest, f"{name}, seed {seed}")
     run.end()
     return read_records(folder, name)
 

@@ -12,6 +12,7 @@ import pandas as pd
 from bench import items as own
 from bench.items import Items, Measure, measure_of
 from bench.metrics import Scored, scored
+from bench.page import SMALL_TEST, page
 from bench.record import Record, Samples, candidates_of, read_samples, write_text
 from bench.stats import (
     bootstrap_weights,
@@ -22,7 +23,7 @@ from bench.stats import (
     resampled,
     swaps,
 )
-from bench.suites import Rows, reference_of, suite
+from bench.suites import Rows, images_of, reference_of, suite
 from vitask.data.spec import DatasetSpec
 
 COLUMNS = (
@@ -31,7 +32,6 @@ COLUMNS = (
     "small_test", "record",
 )  # fmt: skip
 AVERAGE = "average"
-SMALL_TEST = 500  # images; below, a row is flagged
 SECONDARY = ("gen_accuracy", "gen_macro_f1", "gen_invalid")
 NOT_AVERAGED = ("qwk", "recall:")  # no meaning across datasets
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,8 +127,8 @@ def _scored(record: Record, spec: DatasetSpec, sample: Samples) -> Scored:
 def _resample(name: str, cells: dict[str, _Cell], groups: np.ndarray | None, module: Rows) -> None:
     """Bootstrap every method with the same indices; permute against its reference."""
     answered = {method: cell for method, cell in cells.items() if cell.seeds}
-    count = len(next(iter(answered.values())).seeds[0].labels)
-    weights, swap = bootstrap_weights(name, count, groups), swaps(name, count, groups)
+    count, drawn = len(next(iter(answered.values())).seeds[0].labels), images_of(module, name)
+    weights, swap = bootstrap_weights(drawn, count, groups), swaps(drawn, count, groups)
     for method, cell in answered.items():
         cell.resampled = resampled(cell.seeds, weights)
         reference = reference_of(module, method)
@@ -140,13 +140,14 @@ def _resample_items(name: str, cells: dict[str, _Cell], module: Rows) -> None:
     """The same of what the suite measures itself."""
     measure: Measure = measure_of(module)
     measured = {method: cell for method, cell in cells.items() if cell.items}
+    drawn = images_of(module, name)
     for method, cell in measured.items():
         count, groups = len(cell.items[0]), cell.items[0].groups
-        weights = bootstrap_weights(name, count, groups)
+        weights = bootstrap_weights(drawn, count, groups)
         cell.resampled |= own.resampled(cell.items, measure, weights)
         other = measured.get(reference_of(module, method) or "")
         if other is not None:
-            swap = swaps(name, count, groups)
+            swap = swaps(drawn, count, groups)
             cell.permuted |= own.permuted_differences(cell.items, other.items, measure, swap)
 
 
@@ -161,8 +162,8 @@ def _counted(found: Mapping[str, Mapping[str, _Cell]], module: Rows) -> list[str
 
 
 def _average(found: Mapping[str, dict[str, _Cell]], module: Rows) -> dict[str, _Cell]:
-    """Mean over the datasets, each resampled and permuted within itself, for methods that
-    answer them all."""
+    """Mean over the datasets, each resampled and permuted within itself (those of the same images
+    together), for methods that answer them all."""
     done = {}
     for method in module.METHODS:
         cells = [found[name][method] for name in found if method in found[name]]
@@ -190,7 +191,8 @@ def _frame(
         parts = _counted(found, module) if name == AVERAGE else [name]
         cards = [first.data[part] for part in parts if part in images]
         cards = cards or list((first.data or first.trained_on).values())
-        sizes = [_size(found[part], first.data.get(part)) for part in parts]
+        shown = {images_of(module, part): part for part in parts}  # images count once
+        sizes = [_size(found[part], first.data.get(own)) for own, part in shown.items()]
         for method, cell in cells.items():
             for metric, points in cell.points.items():
                 low, high = cell.interval(metric)
@@ -275,8 +277,6 @@ def render(
     folder: Path, records: Sequence[Record], specs: Mapping[str, DatasetSpec]
 ) -> dict[str, str]:
     """File name -> text of everything that a suite's records are shown as."""
-    from bench.page import page
-
     name = records[0].suite
     frame = tabulate(folder, records, specs)
     module = suite(name)

@@ -7,6 +7,7 @@ versions), never by its name: two suites that need the same model train it once.
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from bench.checkpoints import kept
@@ -73,8 +74,12 @@ class Work:
     @cached_property
     def untuned(self) -> VITask:
         """The VLM as it is, asked the instructions of all datasets."""
-        tasks = {name: Task.of(dataset) for name, dataset in self.everything.items()}
-        return VITask(self.vlm(), vanilla(self.recipe), tasks)
+        return VITask(self.vlm(), vanilla(self.recipe), self.tasks)
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        """What is asked about all datasets, and what can be answered."""
+        return {name: Task.of(dataset) for name, dataset in self.everything.items()}
 
     @property
     def everything(self) -> "dict[str, Dataset]":
@@ -117,7 +122,7 @@ class Work:
         """
         recipe, datasets = recipe or self.recipe, datasets or self.datasets
 
-        def make() -> tuple[TSM, Any]:
+        def train() -> tuple[TSM, Any]:
             cost = TSM_EPOCH if planned else 0.0
             return train_tsm(datasets, recipe, self.seed, on_epoch=self._on_epoch(cost))
 
@@ -129,10 +134,11 @@ class Work:
             return TSM.load(folder).to(self.context.device)
 
         fields = {k: v for k, v in asdict(recipe).items() if k in TSM_FIELDS or k.startswith("tsm")}
-        model, note = self._kept(name, fields, datasets, (make, save, load))
+        model, note = self._kept(name, fields, datasets, (lambda: train, save, load))
         if note.pop("found"):
             units = TSM_EPOCH * recipe.tsm_epochs if planned else 0.0
-            self.advance(units, f"{name}, seed {self.seed}: there already")
+            self.skip(units, f"{name}, seed {self.seed}: there already")
+        note["changed"] = self._changed(recipe)
         return Specialist(model, note)
 
     def tuned(
@@ -158,10 +164,15 @@ class Work:
             specialist = exemplar = taught = None
         cost = epoch_cost(recipe)
 
-        def make() -> tuple[VITask, Any]:
+        def prepare() -> Callable[[], tuple[VITask, Any]]:
             vlm = self.vlm()
             whole = datasets is self.datasets and recipe.trained == "adapters"
             image = self.image if whole else self.shown(vlm, recipe, datasets)
+            for name, part in product(datasets, ("train", "val")):
+                image(name, part)
+            return lambda: train(vlm, image)
+
+        def train(vlm: VLM, image: Features) -> tuple[VITask, Any]:
             model, log = tune(
                 vlm,
                 datasets,
@@ -178,10 +189,15 @@ class Work:
         fields = {k: v for k, v in asdict(recipe).items() if k != "name"} | {"as": name}
         if specialist is not None:
             fields |= {"tsm_key": specialist.note["key"]}
-        model, note = self._kept(name, fields, datasets, (make, VITask.save_pretrained, load))
+        model, note = self._kept(name, fields, datasets, (prepare, VITask.save_pretrained, load))
+        note["changed"] = self._changed(recipe)
         if note.pop("found"):
-            self.advance(cost * recipe.epochs, f"{name}, seed {self.seed}: there already")
-        return Tuned(model, note, exemplar)
+            self.skip(cost * recipe.epochs, f"{name}, seed {self.seed}: there already")
+        # It answers among what the scored sets admit: these may be others than it was tuned on.
+        asked = VITask(
+            model.vlm, model.recipe, self.tasks, tsm=model.tsm, connector=model.connector
+        )
+        return Tuned(asked, note, exemplar)
 
     def exemplar(
         self,
@@ -212,6 +228,11 @@ class Work:
         """What tuning is shown of the images: features, or pixels where vision trains."""
         compute = vlm.image_features if recipe.trained == "adapters" else vlm.pixel_values
         return Features(datasets or self.everything, compute)
+
+    def _changed(self, recipe: Recipe) -> dict[str, Any]:
+        """What a model's recipe has in other ways than the suite's."""
+        own = asdict(self.recipe)
+        return {name: value for name, value in asdict(recipe).items() if value != own[name]}
 
     def _kept(
         self, name: str, fields: dict[str, Any], datasets: "Mapping[str, Dataset]", how: Any
@@ -285,12 +306,16 @@ class Work:
     ) -> Outcome:
         """A method's predictions as an outcome, with how its model came about."""
         self.advance(SCORING, f"{method}, seed {self.seed}")
-        return Outcome(method, predictions, {} if note is None else {"tuning": note["log"]})
+        extras = {} if note is None else {"tuning": note["log"], "changed": note["changed"]}
+        return Outcome(method, predictions, extras)
 
     # Progress
 
     def advance(self, units: float, text: str) -> None:
         self.context.progress.advance(units, f"{self.context.suite}: {text}")
+
+    def skip(self, units: float, text: str) -> None:
+        self.context.progress.skip(units, f"{self.context.suite}: {text}")
 
     def _on_epoch(self, cost: float, name: str = "task-specific model") -> Any:
         def on_epoch(what: str, epoch: int, epochs: int) -> None:

@@ -37,12 +37,20 @@ def _all(labels: Names) -> Names:
 
 
 def _first(share: float) -> Callable[[Names], Names]:
-    """The list cut off: its first labels, at least one."""
-    return lambda labels: labels[: max(1, math.ceil(share * len(labels)))]
+    """The list cut off: its first labels, at least one and never all of several."""
+    return lambda labels: labels[: max(1, math.floor(share * len(labels)))]
 
 
 def _shuffled(seed: int) -> Callable[[Names], Names]:
-    return lambda labels: tuple(np.random.default_rng(seed).permutation(labels).tolist())
+    """Another order than the complete list's; of two labels there is only one."""
+    return lambda labels: _other_order(labels, np.random.default_rng(seed))
+
+
+def _other_order(labels: Names, rng: np.random.Generator) -> Names:
+    order = rng.permutation(labels).tolist()
+    while len(labels) > 1 and tuple(order) == labels:
+        order = rng.permutation(labels).tolist()
+    return tuple(order)
 
 
 # Ways to ask: what a form leaves out or changes stands in its name. Template, and what becomes of

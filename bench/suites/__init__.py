@@ -22,6 +22,9 @@ evaluated(plan, datasets) -> datasets
             the sets that are scored, if not those that are trained on
 averaged(name) -> bool
             whether a scored set counts in the average; by default all do
+images_of(name) -> name
+            the set whose images a scored set shows in another way: they are resampled and
+            swapped as one, and counted once; by default a set shows its own
 measured(values, weights) -> metric -> (k,)
             the suite's own metrics of its outcomes' items; by default the mean of each name
 TABLES      metric -> title: the tables of its page
@@ -120,6 +123,7 @@ class Rows(Protocol):
 class Suite(Rows, Protocol):
     """A module of this package, as the docstring above describes it."""
 
+    __file__: str
     PUBLISHED: str | None
     PUBLISHED_NOTE: str
 
@@ -167,6 +171,12 @@ def suite(name: str) -> Suite:
         near = get_close_matches(name, SUITES) or list(SUITES)
         raise ValueError(f"no suite {name!r}; did you mean {' or '.join(near)}?")
     return cast(Suite, import_module(SUITES[name]))
+
+
+def images_of(module: Rows, name: str) -> str:
+    """The set whose images a scored set shows."""
+    own: Callable[[str], str] = getattr(module, "images_of", lambda name: name)
+    return own(name)
 
 
 def reference_of(module: Rows, method: str) -> str | None:

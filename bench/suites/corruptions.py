@@ -3,7 +3,7 @@
 NAME is the clean test part; NAME+CORRUPTION holds each of its images at severities 1 to 5, made by
 the package medmnistc. `lost` is what the corruption takes from the balanced accuracy. `be` and
 `rbe` are MedMNIST-C's own errors, relative to its AlexNet, and there at 224 pixels only. An image
-and its five severities are resampled together; the average is over the corrupted sets alone.
+is resampled with all that was made of it; the average is over the corrupted sets alone.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -45,6 +45,10 @@ SCORED = 12.0  # scoring all corruptions of a set, in scorings of its test part
 
 def averaged(name: str) -> bool:
     return MARK in name
+
+
+def images_of(name: str) -> str:
+    return name.partition(MARK)[0]
 
 
 def unavailable(plan: "Plan") -> str | None:
@@ -179,8 +183,9 @@ def sections(records: "Sequence[Record]") -> list[tuple[str, str]]:
     first = records[0]
     bases = list(first.trained_on)
     lines = ["| dataset | method | clean | 1 | 2 | 3 | 4 | 5 |", "|---" * 8 + "|"]
+    corrupted = {images_of(name) for name in first.extras["severities"]}
     for base in bases:
-        for method in METHODS:
+        for method in METHODS if base in corrupted else ():
             mine = [r for r in records if r.method == method]
             clean = np.mean([r.metrics[base]["balanced_accuracy"] for r in mine])
             curves = [
@@ -194,7 +199,12 @@ def sections(records: "Sequence[Record]") -> list[tuple[str, str]]:
     missing = ["| dataset | corruption | why |", "|---|---|---|"]
     for base, lacking in first.extras["unavailable"].items():
         missing += [f"| {base} | {name} | {why} |" for name, why in lacking.items()]
-    found = [("Balanced accuracy by severity, mean over corruptions and seeds", "\n".join(lines))]
+        if base not in corrupted and not lacking:
+            missing.append(f"| {base} | – | MedMNIST-C lists none for this dataset or modality |")
+    found = []
+    if len(lines) > 2:
+        title = "Balanced accuracy by severity, mean over corruptions and seeds"
+        found.append((title, "\n".join(lines)))
     if len(missing) > 2:
         found.append(("Listed by MedMNIST-C, but not available here", "\n".join(missing)))
     return found

@@ -1,7 +1,8 @@
 """The paper's figure 2, on one dataset: ways to give the VLM what the task-specific model knows.
 
 `vlm_vision` trains the VLM's vision encoder as well. RDA and RDA* answer alone; RDA* lets the loss
-move its teacher too.
+move its teacher too. The task-specific model sees images of 128 pixels at least, so that it has
+several patch tokens: of 32 pixels a CNN of stride 32 leaves one, which is its pooled feature.
 """
 
 from collections.abc import Collection, Iterator
@@ -28,6 +29,7 @@ METHODS = {
     "rda_star": "the same without detaching the teacher (RDA*)",
 }
 REFERENCE = "vlm"
+TSM_SIDE = 128  # pixels
 PUBLISHED = "vitask_fig2_exemplars.csv"
 PUBLISHED_NOTE = """\
 Bai et al. 2024, section 3 and figure 2: InternVL2-2B on HAM10000 at 224 pixels."""
@@ -39,6 +41,11 @@ def trained_on(study: Names, whole: Names) -> Names:
         if name in study:
             return (name,)
     return study[:1]
+
+
+def seen(recipe: "Recipe") -> "Recipe":
+    """The recipe with images for the task-specific model that leave several patch tokens."""
+    return replace(recipe, tsm_image_size=max(recipe.tsm_image_size, TSM_SIDE))
 
 
 def models(recipe: "Recipe") -> "dict[str, tuple[str, Recipe, bool]]":
@@ -69,11 +76,11 @@ def units(recipe: "Recipe") -> float:
 def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
     from bench.work import Work
 
-    work = Work(context, seed)
-    specialist = work.specialist()
+    work, own = Work(context, seed), seen(context.recipe)
+    specialist = work.specialist(own)
     if "tsm" in wanted:
         yield work.answers("tsm", work.classify(specialist.model), specialist.note)
-    for method, (name, recipe, with_exemplar) in models(context.recipe).items():
+    for method, (name, recipe, with_exemplar) in models(own).items():
         if method in wanted:
             tuned = work.tuned(recipe, specialist, name=name)
             exemplar = tuned.exemplar if with_exemplar else None

@@ -62,16 +62,16 @@ def unavailable(plan: "Plan") -> str | None:
 
 def evaluated(plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
     """The external sets that lie in the data roots."""
-    from vitask.data import external
+    from vitask.data import external, subset
 
     if lacking := unavailable(plan):
         raise ValueError(f"suite external: {lacking}")
-    found = external.names(plan.source, plan.roots)
-    size, retina = plan.recipe.source_size, datasets[TRAINED].spec
-    return {
-        name: external.load(name, retina, source=plan.source, roots=plan.roots, size=size)
-        for name in found
-    }
+    size, retina, found = plan.recipe.source_size, datasets[TRAINED].spec, {}
+    for name in external.names(plan.source, plan.roots):
+        found[name] = external.load(name, retina, source=plan.source, roots=plan.roots, size=size)
+        if plan.limit is not None:
+            found[name] = subset(found[name], train=plan.limit, val=plan.limit, test=plan.limit)
+    return found
 
 
 def units(recipe: "Recipe") -> float:
@@ -83,7 +83,7 @@ def units(recipe: "Recipe") -> float:
 
 
 def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
-    from bench.work import Tuned, Work
+    from bench.work import Work
     from vitask.recipes import vanilla
 
     work, recipe = Work(context, seed), context.recipe
@@ -93,24 +93,14 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
         yield _with_referable(work, answered)
     if "vanilla" in wanted:
         plain = work.tuned(vanilla(recipe), name="vanilla")
-        answered = work.answers("vanilla", work.predict(_asked(work, plain.model)), plain.note)
+        answered = work.answers("vanilla", work.predict(plain.model), plain.note)
         yield _with_referable(work, answered)
     if {"vitask_without_ep", "vitask_with_ep", "vitask_plug"} & set(wanted):
         tuned = work.tuned(recipe, specialist, name="vitask")
-        model = _asked(work, tuned.model)
-        asked = Tuned(model, tuned.note, tuned.exemplar)
-        for answered in work.both_ways(asked, ("vitask_without_ep", "vitask_with_ep"), wanted):
+        for answered in work.both_ways(tuned, ("vitask_without_ep", "vitask_with_ep"), wanted):
             yield _with_referable(work, answered)
         if "vitask_plug" in wanted:
-            yield _with_referable(work, work.answers("vitask_plug", _plugged(work, model)))
-
-
-def _asked(work: "Work", model: "VITask") -> "VITask":
-    """The same model, asked about the external sets: their question and answers are the same."""
-    from vitask.checkpoint import Task, VITask
-
-    tasks = {name: Task.of(dataset) for name, dataset in work.context.evaluated.items()}
-    return VITask(model.vlm, model.recipe, tasks, tsm=model.tsm, connector=model.connector)
+            yield _with_referable(work, work.answers("vitask_plug", _plugged(work, tuned.model)))
 
 
 def _plugged(work: "Work", model: "VITask") -> "list[Prediction]":

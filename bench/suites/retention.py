@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from bench.suites import Context, Outcome
 
 if TYPE_CHECKING:
+    from bench.plan import Plan
+    from vitask.data.spec import Dataset
     from vitask.recipes import Recipe
 
 STUDY = True
@@ -22,6 +24,21 @@ PUBLISHED = None
 PUBLISHED_NOTE = ""
 TABLES = {"accuracy": "Accuracy on held-out picture questions, by kind"}
 PICTURES, SEED = 400, 777  # held out from all pictures that the VLM was trained on
+
+
+def unavailable(plan: "Plan") -> str | None:
+    if plan.recipe.vlm == "pocket":
+        return None
+    return (
+        f"no general task is known for the VLM {plan.recipe.vlm!r}; expected 'pocket', whose "
+        "held-out picture questions are in this repository"
+    )
+
+
+def evaluated(plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
+    if lacking := unavailable(plan):
+        raise ValueError(f"suite retention: {lacking}")
+    return datasets
 
 
 def units(recipe: "Recipe") -> float:
@@ -38,11 +55,6 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
     from vitask.pocket.evaluate import right
     from vitask.recipes import vanilla
 
-    if context.recipe.vlm != "pocket":
-        raise ValueError(
-            f"retention: no general task is known for the VLM {context.recipe.vlm!r}; "
-            "expected 'pocket', whose held-out picture questions are in this repository"
-        )
     work = Work(context, seed)
     for method in METHODS:
         if method not in wanted:

@@ -26,7 +26,7 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
         if method in wanted:
             time.sleep(0.05)
             rng = np.random.default_rng([seed, number])
-            done = [_predict(method, context, name, rng) for name in context.datasets]
+            done = [_predict(method, context, name, rng) for name in context.evaluated]
             context.progress.advance(1.0, f"{method}, seed {seed}")
             yield Outcome(method, done, {"validation": {"mean": [0.25, 0.5 + seed]}})
 
@@ -36,7 +36,7 @@ def _predict(method: str, context: Context, name: str, rng: np.random.Generator)
     from vitask.prompts import candidates
     from vitask.score import Prediction
 
-    dataset = context.datasets[name]
+    dataset = context.evaluated[name]
     if method == "majority":
         return majority({name: dataset})[0]
     train, test = dataset.splits["train"], dataset.splits["test"]

@@ -142,6 +142,28 @@ def test_a_failing_suite_does_not_take_the_others_down(plan, monkeypatch):
         "broken": False,
         "cheap": True,
     }
+    csv.unlink()
+    for command in ("report", "verify"):
+        done = bench(command, csv.parent)
+        assert done.exit_code == 1
+        assert "lacks 3 of 3 records of suite 'broken'" in done.output
+        assert csv.is_file()  # what the others have is written again, and checked
+    assert "3 record(s) of cheap: ok" in done.output
+
+
+def test_a_suite_without_its_data_does_not_take_the_others_down(plan, monkeypatch):
+    def evaluated(plan, datasets):
+        raise ValueError("labels.csv is missing")
+
+    module = type(sys)("broken_suite")
+    module.__dict__.update(suite("cheap").__dict__ | {"evaluated": evaluated})
+    monkeypatch.setitem(SUITES, "broken", "broken_suite")
+    monkeypatch.setitem(sys.modules, "broken_suite", module)
+    words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
+    done = bench("run", "broken", "cheap", *words)
+    assert done.exit_code == 1
+    assert "failed: broken: ValueError: labels.csv is missing" in done.output
+    assert len(list(plan.out.glob("*/cheap.csv"))) == 1
 
 
 def test_the_recorded_command_names_no_paths(plan):

@@ -1,5 +1,6 @@
 """A run from start to table: interrupted, continued, finished, verified."""
 
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from bench import runs, table
 from bench.compare import compare
@@ -290,6 +292,61 @@ def test_verify_sees_a_forged_metric(finished):
     records[0].metrics["retinamnist"]["accuracy"] = 0.99
     records[0].write(plan.folder)
     assert "0.99 in the record" in problems(plan)[0]
+
+
+def test_sets_of_the_same_images_are_drawn_as_one(plan, monkeypatch):
+    """Two more names for the same images add nothing to what is known."""
+    plan = replace(plan, names=("breastmnist",))
+    cheap = Job.of("cheap", plan).module
+
+    def evaluated(plan, datasets):
+        (dataset,) = datasets.values()
+        return {
+            name: replace(dataset, spec=replace(dataset.spec, name=name))
+            for name in ("breastmnist", "breastmnist+a", "breastmnist+b")
+        }
+
+    monkeypatch.setattr(cheap, "METHODS", dict.fromkeys(("majority", "vanilla"), "one"))
+    monkeypatch.setattr(cheap, "evaluated", evaluated, raising=False)
+    monkeypatch.setattr(cheap, "images_of", lambda name: name.split("+")[0], raising=False)
+    complete(plan)
+    frame = pd.read_csv(plan.folder / "cheap.csv").set_index(["dataset", "method", "metric"])
+    columns = ["mean", "ci_low", "ci_high", "diff_low", "diff_high", "n_test"]
+    for metric in ("accuracy", "macro_f1"):
+        one, average = (frame.loc[n, "majority", metric] for n in ("breastmnist", "average"))
+        assert one[columns].tolist() == pytest.approx(average[columns].tolist(), nan_ok=True)
+        assert average.ci_low < average["mean"] < average.ci_high or one.ci_low == one.ci_high
+    assert "Fewer than 500 test images: breastmnist. Read" in (plan.folder / "cheap.md").read_text()
+
+
+def test_another_source_of_the_suite_is_another_key(plan, monkeypatch, tmp_path):
+    job = Job.of("cheap", plan)
+    before = runs.record_keys(job)
+    (tmp_path / "other.py").write_text("METHODS = {}")
+    monkeypatch.setattr(job.module, "__file__", str(tmp_path / "other.py"))
+    after = runs.record_keys(job)
+    assert before.keys() == after.keys()
+    assert not set(before.values()) & set(after.values())
+
+
+def test_time_left_follows_what_was_worked_not_what_was_there(monkeypatch):
+    clock, text = iter((0.0, 20.0, 80.0)), io.StringIO()
+    monkeypatch.setattr("bench.progress.time.monotonic", lambda: next(clock))
+    progress = Progress(100.0, Console(file=text, width=100))
+    progress.skip(80.0, "there already")
+    progress.advance(10.0, "worked")
+    assert "50%  1:20 passed, about 1:20 left  worked" in text.getvalue()
+
+
+def test_torn_groups_are_refused(plan, monkeypatch):
+    dataset = plan.datasets()["breastmnist"]
+    torn = {
+        part: replace(split, groups=np.array([f"patient {i}" for i in range(len(split))]))
+        for part, split in dataset.splits.items()
+    }
+    monkeypatch.setattr("bench.plan.load", lambda *_, **__: replace(dataset, splits=torn))
+    with pytest.raises(ValueError, match=r"breastmnist: 30 group\(s\) have images in two parts"):
+        replace(plan, names=("breastmnist",)).datasets()
 
 
 def test_two_methods_compare_as_the_table_does(finished):

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -14,6 +16,7 @@ from bench.suites import MACHINE_SUITES, SUITES, machine_suite, reference_of, su
 from bench.table import COLUMNS
 from bench.verify import differences
 from vitask.recipes import POCKET, RECIPES, Study
+from vitask.tsm import TSM, Head
 
 ROOT = Path(__file__).parents[2]
 every = pytest.mark.parametrize("name", SUITES)
@@ -56,6 +59,8 @@ class Silent:
         assert text
         self.units += units
 
+    skip = advance
+
     def note(self, text: str) -> None:
         assert text
 
@@ -84,10 +89,15 @@ def tiny(tmp_path_factory) -> Plan:
 def test_a_suite_runs_to_its_tables_and_verifies(name, tiny):
     if lacking := getattr(suite(name), "unavailable", lambda plan: None)(tiny):
         pytest.skip(lacking)
-    job, told = Job.of(name, tiny), Silent()
+    job, told = Job.of(name, sized(tiny, suite(name))), Silent()
     with runs.locked(tiny.folder):
         records = runs.run_suite(job, tiny.folder, Scaled(told, 1.0), command="python -m bench")
         table.write(tiny.folder, records, specs_of(records[0]))
+    for record in records:  # what a method's model was made by, beside the suite's own recipe
+        assert {**record.recipe, **record.extras.get("changed", {})}["step"] in ("shared", "three")
+    if name == "ablation":
+        assert records[0].extras["changed"]["exemplar"] is False
+        assert records[0].recipe["exemplar"] is True
     assert told.units == pytest.approx(job.module.units(job.plan.recipe), rel=1e-6)
     assert [record.method for record in records] == list(job.module.METHODS)
     frame = pd.read_csv(tiny.folder / f"{name}.csv")
@@ -110,7 +120,8 @@ def test_suites_share_models_that_are_the_same(tiny):
         pytest.skip("runs after the suites")
     before = {note: note.stat().st_mtime_ns for note in notes}
     with runs.locked(tiny.folder):
-        runs.run_suite(Job.of("cost", tiny), tiny.folder, Silent(), command="python -m bench")
+        job = Job.of("cost", sized(tiny, suite("cost")))
+        runs.run_suite(job, tiny.folder, Silent(), command="python -m bench")
     assert {note: note.stat().st_mtime_ns for note in notes} == before
 
 
@@ -131,3 +142,40 @@ def test_suites_train_on_their_own_datasets_unless_some_are_chosen(name, expecte
     kept = ("retinamnist",) if name == "external" else ("bloodmnist",)
     assert sized(chosen, suite(name)).names == kept
     assert sized(chosen, suite(name)).recipe.name == POCKET.name
+
+
+def test_tuned_on_a_part_it_answers_among_the_whole_sets_answers(tiny):
+    """Of few images of ChestMNIST not all label sets are known that the whole part has."""
+    chest = replace(
+        tiny,
+        names=("chestmnist",),
+        recipe=replace(tiny.recipe, phantom_samples=(200, 8, 8)),
+        limit=150,
+    )
+    own = sized(chest, suite("data_fraction"))
+    own = replace(own, recipe=replace(own.recipe, train_limit=150))
+    job = Job.of("data_fraction", own)
+    with runs.locked(own.folder):
+        records = runs.run_suite(job, own.folder, Silent(), command="python -m bench")
+    assert len(records) == len(job.module.METHODS)
+
+
+def test_limit_holds_for_external_sets(tiny):
+    job = Job.of("external", sized(replace(tiny, limit=5), suite("external")))
+    parts = [len(split) for d in job.evaluated.values() for split in d.splits.values()]
+    assert max(parts) <= 5
+
+
+def test_exemplars_have_several_patch_tokens():
+    own = suite("exemplars").seen(POCKET)
+    model = TSM(own.tsm, {"toy": Head(0, 2)}, own.tsm_image_size)
+    assert model.features(np.zeros((1, 28, 28), np.uint8), "all").shape[1] == 16
+
+
+def test_a_set_without_corruptions_is_named():
+    record = SimpleNamespace(
+        method="tsm", trained_on={"own": {}}, extras={"severities": {}, "unavailable": {"own": {}}}
+    )
+    ((title, text),) = suite("corruptions").sections([record])
+    assert "not available here" in title
+    assert "| own | – | MedMNIST-C lists none" in text

@@ -54,14 +54,11 @@ class Duplicates:
 def duplicates(dataset: Dataset) -> Duplicates:
     """Identical images across and within parts, their conflicting labels, and torn groups."""
     places = defaultdict(list)  # hash of the pixels -> (part, id, label bytes)
-    parts_of_group = defaultdict(set)
     for part in PARTS:
         split = dataset.splits[part]
         for image, label, name in zip(split.images, split.labels, split.ids, strict=True):
             pixels = np.ascontiguousarray(image).tobytes()
             places[hashlib.sha256(pixels).digest()].append((part, str(name), label.tobytes()))
-        for group in () if split.groups is None else np.unique(split.groups):
-            parts_of_group[str(group)].add(part)
     copies = [same for same in places.values() if len(same) > 1]
     torn = [same for same in copies if len({part for part, _, _ in same}) > 1]
     return Duplicates(
@@ -69,8 +66,18 @@ def duplicates(dataset: Dataset) -> Duplicates:
         across=_ids(torn),
         within=_ids([same for same in copies if len({part for part, _, _ in same}) == 1]),
         conflicting=_ids([same for same in copies if len({label for _, _, label in same}) > 1]),
-        groups=tuple(group for group, parts in parts_of_group.items() if len(parts) > 1),
+        groups=torn_groups(dataset),
     )
+
+
+def torn_groups(dataset: Dataset) -> tuple[str, ...]:
+    """Groups (patients, lesions) with images in two or more parts."""
+    parts = defaultdict(set)
+    for part in PARTS:
+        groups = dataset.splits[part].groups
+        for group in () if groups is None else np.unique(groups):
+            parts[str(group)].add(part)
+    return tuple(group for group, found in parts.items() if len(found) > 1)
 
 
 def _ids(found: list[list[tuple[str, str, bytes]]]) -> tuple[tuple[str, ...], ...]:
