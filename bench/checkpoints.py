@@ -20,7 +20,9 @@ def kept(
     save: Callable[[Model, Path], None],
     load: Callable[[Path], Model],
 ) -> tuple[Model, dict[str, Any]]:
-    """The model of this content key and its note: log, seconds and peak_mib of its training.
+    """The model of this content key, whatever its name, and its note.
+
+    The note holds log, seconds and peak_mib of its training.
 
     One that is not there is trained and saved. `prepare` gives the function that trains it, whose
     seconds are counted; what models share is computed before. The note is written last, so a
@@ -28,11 +30,11 @@ def kept(
     scored is what is on disk. In the note, `found` says whether it was there and `suite` for
     which suite it was made.
     """
+    for path in sorted(folder.parent.glob("*.json")):  # perhaps under another suite's name
+        note, there = json.loads(path.read_text()), path.with_suffix("")
+        if note["key"] == key and there.is_dir():
+            return load(there), note | {"found": True}
     path = folder.with_name(f"{folder.name}.json")
-    if folder.is_dir() and path.is_file():
-        note = json.loads(path.read_text())
-        if note["key"] == key:
-            return load(folder), note | {"found": True}
     discard(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     train = prepare()

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = (
     "torch", "torchvision", "transformers", "peft", "timm", "medmnist", "triton", "accelerate",
-    "scikit-learn", "numpy", "pandas", "pyarrow", "safetensors", "tokenizers",
+    "scikit-learn", "scipy", "numpy", "pandas", "pyarrow", "pillow", "safetensors", "tokenizers",
 )  # fmt: skip
 _NUMBERS = re.compile(r"\[(\n[-+.,\deE\s]+)\]")  # JSON strings hold no line ends
 SCHEMA = pa.schema(
@@ -214,9 +214,10 @@ def sources_sha256() -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
+def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Python's and the libraries' versions, "missing" for those that are not there."""
     found = {"python": platform.python_version()}
-    for library in LIBRARIES:
+    for library in libraries:
         try:
             found[library] = version(library)
         except PackageNotFoundError:

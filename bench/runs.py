@@ -107,10 +107,13 @@ def record_keys(job: Job) -> dict[tuple[str, int], str]:
 
     The suite's own source is part of it: there stands what its methods change in the recipe.
     """
-    source = file_sha256(Path(job.module.__file__))
+    own = {
+        "source": file_sha256(Path(job.module.__file__)),
+        "libraries": records.versions(_libraries(job)),
+    }
     return {
         (method, seed): content_key(
-            job.identity() | {"suite": job.name, "source": source, "method": method, "seed": seed}
+            job.identity() | own | {"suite": job.name, "method": method, "seed": seed}
         )
         for seed in job.plan.seeds
         for method in job.module.METHODS
@@ -185,6 +188,11 @@ def run_suite(
             progress.skip(rest, f"{name}, seed {seed}")
     run.end()
     return read_records(folder, name)
+
+
+def _libraries(job: Job) -> Sequence[str]:
+    """What the suite alone computes with."""
+    return getattr(job.module, "LIBRARIES", ())
 
 
 def _prefix(job: Job) -> str:
@@ -272,7 +280,7 @@ class _Run:
             confusion=matrices,
             extras=outcome.extras,
             items=items,
-            versions=records.versions(),
+            versions=records.versions() | records.versions(_libraries(job)),
             commit=records.commit(),
             hardware=records.hardware(),
             measured=measured,

@@ -27,6 +27,7 @@ images_of(name) -> name
             swapped as one, and counted once; by default a set shows its own
 measured(values, weights) -> metric -> (k,)
             the suite's own metrics of its outcomes' items; by default the mean of each name
+LIBRARIES   what it alone computes with: their versions are part of its records and their keys
 TABLES      metric -> title: the tables of its page
 sections(records) -> list of (title, Markdown), further parts of its page
 figures(frame), plots(records) -> file name -> SVG text

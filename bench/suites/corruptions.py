@@ -39,6 +39,7 @@ TABLES = {
     "be": "MedMNIST-C's balanced error relative to AlexNet's (lower is better)",
     "rbe": "MedMNIST-C's relative balanced error (lower is better)",
 }
+LIBRARIES = ("medmnistc", "opencv-python-headless", "scikit-image", "wand")
 MARK = "+"  # between a set's name and its corruption's
 SCORED = 12.0  # scoring all corruptions of a set, in scorings of its test part
 

@@ -166,6 +166,26 @@ def test_a_suite_without_its_data_does_not_take_the_others_down(plan, monkeypatc
     assert len(list(plan.out.glob("*/cheap.csv"))) == 1
 
 
+def test_what_lacks_something_is_left_out_of_all_and_fails_by_name(plan, monkeypatch):
+    def evaluated(plan, datasets):
+        raise ValueError("suite lacking: no package")
+
+    module = type(sys)("lacking_suite")
+    own = {"evaluated": evaluated, "unavailable": lambda plan: "no package"}
+    module.__dict__.update(suite("cheap").__dict__ | own)
+    for name in set(SUITES) - {"cheap"}:
+        monkeypatch.delitem(SUITES, name)
+    monkeypatch.setitem(SUITES, "lacking", "lacking_suite")
+    monkeypatch.setitem(sys.modules, "lacking_suite", module)
+    words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
+    done = bench("run", "--all", *words)
+    assert done.exit_code == 0, done.output
+    assert "lacking is left out: no package" in done.output
+    done = bench("run", "cheap", "lacking", *words)
+    assert done.exit_code == 1
+    assert "failed: lacking: ValueError: suite lacking: no package" in done.output
+
+
 def test_the_recorded_command_names_no_paths(plan):
     words = ["run", "cheap", "--recipe", "tiny", "--data-root", plan.out / "data", "--resume"]
     words += [f"--out={plan.out}", "--datasets", "breastmnist"]

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from bench import runs, table
+from bench.checkpoints import kept
 from bench.compare import compare
 from bench.official import write_official
 from bench.plan import Job, plan_of, specs_of
@@ -364,3 +365,23 @@ def test_two_methods_compare_as_the_table_does(finished):
         compare(plan.folder, records, "nosy", "vanilla")
     with pytest.raises(ValueError, match="twice"):
         compare(plan.folder, records, "noisy", "noisy")
+
+
+def test_a_model_is_found_by_its_key_under_another_name(tmp_path):
+    def prepare():
+        return lambda: ("weights", {"loss": 1.0})
+
+    def save(model, folder):
+        folder.mkdir()
+        (folder / "model").write_text(model)
+
+    def load(folder):
+        return (folder / "model").read_text()
+
+    how = (prepare, save, load)
+    found = [
+        kept(tmp_path / name, key, "cheap", *how)[1]["found"]
+        for name, key in (("a", "1"), ("b", "1"), ("b", "2"), ("a", "2"), ("a", "1"))
+    ]
+    assert found == [False, True, False, True, True]
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a.json", "b", "b.json"}
