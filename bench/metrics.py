@@ -50,8 +50,9 @@ def scored(
 ) -> Scored:
     """Class probabilities and decisions from a prediction.
 
-    Class probability = softmax of the candidates' scores; for multi-label candidates the
-    normalised mass of the candidates that hold the label. `answers`: the multi-label candidates.
+    Class probability = softmax of the candidates' scores, summed where several answers are one
+    class; for multi-label candidates the normalised mass of the candidates that hold the label.
+    `answers`: the multi-label candidates.
     """
     log_p = prediction.log_probability
     if spec.multi_label and answers is None:
@@ -62,11 +63,9 @@ def scored(
     _check(spec, labels, prediction, answers)
     if prediction.kind == "labels":
         probability, predicted = np.exp(log_p), decide(spec, log_p)
-    elif spec.multi_label:
+    else:
         probability = np.minimum(_softmax(log_p) @ answers.members.astype(float), 1)
         predicted = decide(spec, log_p, answers)
-    else:
-        probability, predicted = _softmax(log_p), decide(spec, log_p)
     generated = None
     if prediction.generated is not None:
         generated = np.stack([_parsed(spec, answers, text) for text in prediction.generated])
@@ -278,4 +277,4 @@ def _parsed(spec: DatasetSpec, answers: Candidates, text: str) -> np.ndarray:
         labels = answers.parse_labels(text, spec.classes)
         return np.full(len(spec.classes), INVALID) if labels is None else labels.astype(int)
     found = answers.parse(text)
-    return np.array(INVALID if found is None else found)
+    return np.array(INVALID if found is None else answers.members[found].argmax())

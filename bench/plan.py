@@ -144,13 +144,7 @@ def prompts_sha256(datasets: dict[str, Dataset]) -> str:
 
 def specs_of(record: Record) -> dict[str, DatasetSpec]:
     """The descriptions of a record's datasets, as they were when it was made."""
-    specs = {}
-    for name, card in record.data.items():
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in card["spec"].items()
-        }
-        specs[name] = DatasetSpec(**fields)
-    return specs
+    return {name: DatasetSpec.of_json(card["spec"]) for name, card in record.data.items()}
 
 
 def plan_of(

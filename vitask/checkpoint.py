@@ -263,7 +263,7 @@ def _task_card(task: Task) -> dict:
 
 
 def _task_of(card: dict) -> Task:
-    spec = DatasetSpec(**card["spec"] | {"classes": tuple(card["spec"]["classes"])})
+    spec = DatasetSpec.of_json(card["spec"])
     members = np.zeros((len(card["answers"]), len(spec.classes)), dtype=bool)
     for row, present in enumerate(card["members"]):
         members[row, present] = True

@@ -25,8 +25,13 @@ FREQUENT_LABEL_SETS = 64  # multi-label candidates beside the single labels
 def instruction(spec: "DatasetSpec", form: str = "complete") -> str:
     """The instruction of a dataset, with its list of possible diagnoses, or an incomplete form."""
     template, names = FORMS[form]
-    labels = (*spec.classes, NO_FINDING) if spec.multi_label else spec.classes
+    labels = (*spec.classes, NO_FINDING) if spec.multi_label else _answers(spec)
     return template.format(modality=spec.modality, labels=SEPARATOR.join(names(labels)))
+
+
+def _answers(spec: "DatasetSpec") -> tuple[str, ...]:
+    """Single-label: what can be answered; the classes, where the question is not finer."""
+    return tuple(text for text, _ in spec.answers) or spec.classes
 
 
 Names = tuple[str, ...]
@@ -125,14 +130,15 @@ class Candidates:
 
 
 def candidates(spec: "DatasetSpec", train_labels: np.ndarray) -> Candidates:
-    """The dataset's classes; for multi-label the 14 labels, none, and frequent label sets.
+    """The dataset's answers; for multi-label the 14 labels, none, and frequent label sets.
 
     The label sets are the 64 most frequent of two or more labels in the training part (ties:
     in dataset order), so the test part has no say in what can be answered.
     """
     single = np.eye(len(spec.classes), dtype=bool)
     if not spec.multi_label:
-        return Candidates(texts=spec.classes, members=single)
+        of = [label for _, label in spec.answers] or list(range(len(spec.classes)))
+        return Candidates(texts=_answers(spec), members=single[of])
     counts = Counter(tuple(row) for row in train_labels.astype(bool).tolist() if sum(row) > 1)
     frequent = sorted(counts, key=lambda row: (-counts[row], [not there for there in row]))
     members = np.concatenate(

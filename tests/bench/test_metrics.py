@@ -26,6 +26,23 @@ def take(data, at):
     return Scored(data.spec, data.labels[at], data.probability[at], data.predicted[at], generated)
 
 
+def test_answers_that_are_finer_than_the_labels_are_one_class():
+    names = ("none", "mild", "moderate", "severe", "proliferative")
+    spec = DatasetSpec(
+        name="merged", task="ordinal-regression", classes=(*names[:3], "severe or worse"),
+        modality="eye", n_channels=3, n_samples={"train": 1, "val": 1, "test": 1},
+        license="none", source="a test", head="eye",
+        answers=tuple((name, min(grade, 3)) for grade, name in enumerate(names)),
+    )  # fmt: skip
+    grades = np.array([0, 1, 2, 3, 4, 4, 3])
+    log_p = np.log(np.where(np.eye(5)[grades] == 1, 0.6, 0.1))
+    written = [f"{names[grade]}." for grade in grades]
+    data = scored(spec, np.minimum(grades, 3), Prediction("merged", "candidates", log_p, written))
+    for metric in ("accuracy", "macro_f1", "qwk", "auc", "gen_accuracy", "gen_macro_f1"):
+        assert value(data, metric) == pytest.approx(1)
+    np.testing.assert_allclose(data.probability[-1], [0.1, 0.1, 0.1, 0.7])
+
+
 @pytest.mark.parametrize("task", SINGLE)
 def test_single_label_equals_sklearn(make, task):
     (data,) = make(task)

@@ -1,10 +1,15 @@
 """External sets in their published file forms: grades, parts, and what is wrong with a folder."""
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from vitask.data import external, medmnist
+from vitask.data.spec import DatasetSpec
+from vitask.prompts import candidates, instruction
 
 RETINA = medmnist.spec("retinamnist")
 GRADES = [0, 1, 2, 3, 4] * 4
@@ -38,6 +43,16 @@ def messidor2(root):
     return folder
 
 
+def messidor(root):
+    folder = root / "messidor"
+    lines = ["Image name,Retinopathy grade"]
+    for number, grade in enumerate(GRADES):
+        photograph(folder / "images" / f"p{number}.tif", 50 + grade)
+        lines.append(f"p{number}.tif,{min(grade, 3)}")
+    (folder / "annotations.csv").write_text("\n".join(lines))
+    return folder
+
+
 def read(name, root):
     return external.load(name, RETINA, source="medmnist", roots=[root], size=28)
 
@@ -55,6 +70,19 @@ def test_parts_are_stratified_and_hold_every_gradable_image_once(make, tmp_path)
     assert found.md5 == again.md5
     assert found.spec.classes == RETINA.classes
     assert found.spec.head == RETINA.head
+
+
+def test_messidor_asks_five_grades_and_counts_the_last_two_as_one(tmp_path):
+    found = read(messidor(tmp_path).name, tmp_path)
+    assert instruction(found.spec) == instruction(RETINA)
+    assert found.spec.classes[:3] == RETINA.classes[:3]
+    assert len(found.spec.classes) == 4
+    labels = np.concatenate([split.labels for split in found.splits.values()])
+    assert sorted(set(labels)) == [0, 1, 2, 3]
+    answers = candidates(found.spec, labels)
+    assert answers.texts == RETINA.classes
+    assert answers.members.argmax(1).tolist() == [0, 1, 2, 3, 3]
+    assert DatasetSpec.of_json(json.loads(json.dumps(asdict(found.spec)))) == found.spec
 
 
 def test_the_centre_square_is_what_is_left(tmp_path):

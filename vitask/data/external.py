@@ -6,8 +6,8 @@ Grades 0 to 4 are RetinaMNIST's. What belongs to a set lies in a folder of its n
     idrid       "B. Disease Grading" as it is unpacked
     messidor2   messidor_data.csv (image_id, adjudicated_dr_grade, adjudicated_gradable), images/
     messidor    annotations.csv (Image name, Retinopathy grade 0-3), images/. The published XLS
-                files, saved as one CSV; grade 3 there is severe or proliferative: 3 and 4 merge
-                into 3, which is no exact map
+                files, saved as one CSV; grade 3 there is severe or proliferative, so that the
+                answers of RetinaMNIST's grades 3 and 4 are one class, which is no exact map
 
 Images are cut to their centre square and made `size` pixels. IDRiD keeps its own test part;
 others are divided by a fixed seed, stratified by grade: 60 % train, 10 % val, 30 % test.
@@ -31,6 +31,7 @@ Labelled = list[tuple[Path, int, str]]  # file, grade, part ("" where the set ha
 SHARES = (0.6, 0.1, 0.3)  # of train, val, test where the set itself has no parts
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".JPG")
 SAME_AS_TEST = {"IDRiD_118"}
+LAST_TWO_MERGED = {"messidor": "severe nonproliferative or proliferative retinopathy"}
 
 
 def names(source: str, roots: Sequence[Path]) -> tuple[str, ...]:
@@ -69,6 +70,13 @@ def load(
         license="the publisher's own",
         source="vitask/data/external.py",
     )
+    if name in LAST_TWO_MERGED:
+        last = len(retina.classes) - 2
+        spec = replace(
+            spec,
+            classes=(*retina.classes[:last], LAST_TWO_MERGED[name]),
+            answers=tuple((text, min(grade, last)) for grade, text in enumerate(retina.classes)),
+        )
     return Dataset(spec, splits, size, "external", digest.hexdigest(), True)
 
 

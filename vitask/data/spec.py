@@ -1,7 +1,8 @@
 """What a dataset is: its description, its parts, its images. The same form from every source."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,8 @@ class DatasetSpec:
     license: str
     source: str  # where every value above can be checked
     head: str  # the TSM's head: OrganA, C and S share one, every other set has its own name
+    # Where a question has finer answers than the set has labels: each answer, and its label.
+    answers: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         where = f"dataset {self.name!r}"
@@ -45,6 +48,12 @@ class DatasetSpec:
             raise ValueError(
                 f"{where}: n_samples has {sorted(self.n_samples)}; expected {list(PARTS)}"
             )
+
+    @classmethod
+    def of_json(cls, card: Mapping[str, Any]) -> "DatasetSpec":
+        """Out of what `dataclasses.asdict` has written to a JSON file."""
+        answers = tuple((text, label) for text, label in card.get("answers", ()))
+        return cls(**{**card, "classes": tuple(card["classes"]), "answers": answers})
 
     @property
     def multi_label(self) -> bool:
