@@ -3,8 +3,10 @@
 For the embedded VLM that is its held-out picture questions, by kind, answered in free text.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from bench.suites import Context, Outcome
 
@@ -41,6 +43,16 @@ def evaluated(plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Datase
     return datasets
 
 
+def images_of(name: str) -> str:
+    """All kinds are asked about the same pictures."""
+    return "pictures"
+
+
+def measured(values: Mapping[str, np.ndarray], weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The share of right answers among the pictures that the kind is asked about."""
+    return {"accuracy": weights @ values["right"] / (weights @ values["asked"])}
+
+
 def units(recipe: "Recipe") -> float:
     from bench.work import SCORING, specialist_units, tuning_units
     from vitask.recipes import vanilla
@@ -65,6 +77,9 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
             recipe = context.recipe if method == "vitask" else vanilla(context.recipe)
             model = work.tuned(recipe, name=method).model
         found = right(model.vlm, PICTURES, SEED)
-        items = {f"pictures: {kind}": Items({"accuracy": one}) for kind, one in found.items()}
+        items = {
+            f"pictures: {kind}": Items({"right": np.nan_to_num(one), "asked": 1.0 - np.isnan(one)})
+            for kind, one in found.items()
+        }
         work.advance(SCORING, f"{method}, seed {seed}")
         yield Outcome(method, [], items=items)

@@ -1,7 +1,7 @@
 """What the pocket VLM can do on pictures that it has not seen, with and without the right image."""
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Float
 
 from vitask.pocket.questions import KINDS, canonical, held_out
 from vitask.score import generate
@@ -11,13 +11,15 @@ from vitask.vlm import VLM
 def accuracy(vlm: VLM, count: int, seed: int, *, shuffled: bool = False) -> dict[str, float]:
     """Accuracy of each kind of question; see `right`."""
     found = right(vlm, count, seed, shuffled=shuffled)
-    return {kind: float(np.mean(answers)) for kind, answers in found.items()}
+    return {kind: float(np.nanmean(answers)) for kind, answers in found.items()}
 
 
 def right(
     vlm: VLM, count: int, seed: int, *, shuffled: bool = False
-) -> dict[str, Bool[np.ndarray, " questions"]]:
-    """Which questions of each kind are answered right: greedy generation, the whole answer.
+) -> dict[str, Float[np.ndarray, " pictures"]]:
+    """Each kind's question about each picture: 1 answered right, 0 wrong, NaN not asked.
+
+    Greedy generation; the whole answer has to be right.
 
     shuffled: every question is put to a picture drawn at random; a model that looks falls to
     chance.
@@ -32,7 +34,8 @@ def right(
         prompts = [vlm.prompt(canonical(kind))] * len(seen)
         written = generate(vlm, prompts, tokens[seen], max_new_tokens=longest, batch_size=256)
         expected = [f"{answers[f]}." for f in facts[kind][asked]]
-        found[kind] = np.array([w == e for w, e in zip(written, expected, strict=True)])
+        found[kind] = np.full(len(images), np.nan)
+        found[kind][asked] = [w == e for w, e in zip(written, expected, strict=True)]
     return found
 
 
