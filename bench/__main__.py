@@ -144,16 +144,15 @@ def _run(
     from bench.plan import Job, sized, specs_of
     from bench.progress import Progress, Scaled
     from bench.record import command_line
-    from bench.suites import suite
+    from bench.suites import lacking, suite
 
     logging.disable_progress_bar()  # one progress display is enough: ours
     failed: dict[str, str] = {}
     jobs: list[Job] = []  # all data are checked before anything runs
     loaded: dict[Any, Any] = {}  # data that suites share
     for name in wanted:
-        lacking = getattr(suite(name), "unavailable", lambda plan: None)(plan)
-        if lacking and leave_out:
-            typer.echo(f"{name} is left out: {lacking}", err=True)
+        if leave_out and (lacks := lacking(suite(name), plan)):
+            typer.echo(f"{name} is left out: {lacks}", err=True)
             continue
         try:
             jobs.append(Job.of(name, sized(plan, suite(name)), loaded))

@@ -1,30 +1,19 @@
 """One method against another, on the same test images: difference, interval, p-value."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pandas as pd
 
-from bench.items import Measure, measure_of
 from bench.plan import specs_of
 from bench.record import Record
-from bench.suites import images_of, suite
+from bench.suites import Rows, suite
 from bench.table import tabulate
 
 METRICS = ("macro_f1", "accuracy", "auc", "balanced_accuracy", "ece", "qwk")
-
-
-@dataclass
-class Pair:
-    """The rows of a table with two methods, the second the reference."""
-
-    METHODS: dict[str, str]
-    REFERENCE: str | Mapping[str, str] | None
-    measured: Measure
-    averaged: Callable[[str], bool]
-    images_of: Callable[[str], str]
 
 
 def compare(folder: Path, records: Sequence[Record], method: str, reference: str) -> pd.DataFrame:
@@ -45,15 +34,9 @@ def compare(folder: Path, records: Sequence[Record], method: str, reference: str
         raise ValueError(f"{method!r} was given twice; expected two different methods")
     mine = [record for record in records if record.method in (method, reference)]
     module = suite(records[0].suite)
-    averaged = getattr(module, "averaged", lambda name: True)
-    pair = Pair(
-        {method: "", reference: ""},
-        reference,
-        measure_of(module),
-        averaged,
-        lambda name: images_of(module, name),
-    )
-    frame = tabulate(folder, mine, specs_of(records[0]), pair)
+    rows = {"METHODS": {method: "", reference: ""}, "REFERENCE": reference}
+    pair = SimpleNamespace(**vars(module) | rows)  # the suite itself, with these two alone
+    frame = tabulate(folder, mine, specs_of(records[0]), cast(Rows, pair))
     keys = ["dataset", "metric"]
     means = frame[frame["method"] == reference].set_index(keys)["mean"].rename(reference)
     shown = [*METRICS, *getattr(module, "TABLES", ())]

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import record as records
 from bench.record import Record
-from bench.suites import Suite, suite
+from bench.suites import Suite, lacking, suite
 from vitask.data import load, subset
 from vitask.data.check import torn_groups
 from vitask.data.spec import Dataset, DatasetSpec
@@ -83,12 +83,14 @@ class Job:
     ) -> "Job":
         """`plan` is at the suite's size already (`sized`, or out of a record); `loaded` keeps
         data that several suites share."""
-        loaded = {} if loaded is None else loaded
+        module, loaded = suite(name), {} if loaded is None else loaded
+        if lacks := lacking(module, plan):
+            raise ValueError(f"suite {name}: {lacks}")
         key = (plan.names, plan.recipe.train_limit, plan.recipe.val_limit)
         if key not in loaded:
             loaded[key] = plan.datasets()
         datasets = loaded[key]
-        evaluated = getattr(suite(name), "evaluated", lambda plan, datasets: datasets)
+        evaluated = getattr(module, "evaluated", lambda plan, datasets: datasets)
         return cls(name, plan, datasets, evaluated(plan, datasets))
 
     @property

@@ -138,7 +138,7 @@ class Work:
         if note.pop("found"):
             units = TSM_EPOCH * recipe.tsm_epochs if planned else 0.0
             self.skip(units, f"{name}, seed {self.seed}: there already")
-        note["changed"] = self._changed(recipe)
+        note["changed"] = self.changed(recipe)
         return Specialist(model, note)
 
     def tuned(
@@ -190,7 +190,7 @@ class Work:
         if specialist is not None:
             fields |= {"tsm_key": specialist.note["key"]}
         model, note = self._kept(name, fields, datasets, (prepare, VITask.save_pretrained, load))
-        note["changed"] = self._changed(recipe)
+        note["changed"] = self.changed(recipe)
         if note.pop("found"):
             self.skip(cost * recipe.epochs, f"{name}, seed {self.seed}: there already")
         # It answers among what the scored sets admit: these may be others than it was tuned on.
@@ -229,7 +229,7 @@ class Work:
         compute = vlm.image_features if recipe.trained == "adapters" else vlm.pixel_values
         return Features(datasets or self.everything, compute)
 
-    def _changed(self, recipe: Recipe) -> dict[str, Any]:
+    def changed(self, recipe: Recipe) -> dict[str, Any]:
         """What a model's recipe has in other ways than the suite's."""
         own = asdict(self.recipe)
         return {name: value for name, value in asdict(recipe).items() if value != own[name]}

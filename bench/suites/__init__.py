@@ -50,6 +50,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     from bench.items import Items
+    from bench.plan import Plan
     from bench.progress import Advancing
     from vitask.data.spec import Dataset
     from vitask.recipes import Recipe
@@ -78,7 +79,8 @@ class Outcome:
                  own metrics are computed, with intervals and tests
     values:      dataset -> metric -> value, for what nothing else says (parameters, seconds);
                  those that differ from run to run are named in `measured`
-    extras:      what is worth keeping of the way there (validation curves, losses), JSON-able
+    extras:      what is worth keeping of the way there (validation curves, losses), JSON-able;
+                 `changed`: what the method's model has in other ways than the suite's recipe
     """
 
     method: str
@@ -178,6 +180,12 @@ def images_of(module: Rows, name: str) -> str:
     """The set whose images a scored set shows."""
     own: Callable[[str], str] = getattr(module, "images_of", lambda name: name)
     return own(name)
+
+
+def lacking(module: Suite, plan: "Plan") -> str | None:
+    """What the suite lacks here, None if it can run."""
+    own: Callable[[Plan], str | None] = getattr(module, "unavailable", lambda plan: None)
+    return own(plan)
 
 
 def reference_of(module: Rows, method: str) -> str | None:

@@ -66,7 +66,8 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
         exemplar = vitask.exemplar if vitask is not None and kind == "vitask_with_ep" else None
         tuned = None if model is None or kind == "tsm" else model.model
         parts = {part: _scores(work, specialist.model, tuned, exemplar, part) for part in PARTS}
-        yield from _outcomes(work, kind, parts, wanted)
+        note = specialist.note if kind == "tsm" or model is None else model.note
+        yield from _outcomes(work, kind, parts, wanted, note)
 
 
 PARTS = ("val", "test")
@@ -90,7 +91,11 @@ def _scores(work: "Work", tsm: Any, model: Any, exemplar: Any, part: str) -> Sco
 
 
 def _outcomes(
-    work: "Work", kind: str, parts: Mapping[str, Scores], wanted: Collection[str]
+    work: "Work",
+    kind: str,
+    parts: Mapping[str, Scores],
+    wanted: Collection[str],
+    note: dict[str, Any],
 ) -> Iterator[Outcome]:
     from dataclasses import replace
 
@@ -103,10 +108,11 @@ def _outcomes(
         scaled.append(replace(test, log_probability=at(test, temperature)))
         curves[name] = abstention(val, test, dataset, members)
     if kind in wanted:
-        yield work.answers(kind, list(parts["test"].values()))
+        yield work.answers(kind, list(parts["test"].values()), note)
     if f"{kind}{SCALED}" in wanted:
-        answered = work.answers(f"{kind}{SCALED}", scaled)
-        yield replace(answered, extras={"temperature": temperatures, "abstention": curves})
+        answered = work.answers(f"{kind}{SCALED}", scaled, note)
+        own = {"temperature": temperatures, "abstention": curves}
+        yield replace(answered, extras=answered.extras | own)
 
 
 def at(prediction: "Prediction", temperature: float) -> np.ndarray:

@@ -61,9 +61,6 @@ def unavailable(plan: "Plan") -> str | None:
 def evaluated(plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
     """Clean and corrupted test parts; the corrupted images are made by `run`, set by set."""
     from bench.corruption import split_listed
-
-    if lacking := unavailable(plan):
-        raise ValueError(f"suite corruptions: {lacking}")
     from vitask.data import subset
 
     found = {}
@@ -136,7 +133,8 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
     for method in METHODS:
         if method in wanted:
             values, steps = _judged(context, found[method])
-            extras = {"unavailable": lacking, "severities": steps}
+            changed = plain.note["changed"] if method == "vanilla" else {}
+            extras = {"changed": changed, "unavailable": lacking, "severities": steps}
             yield Outcome(method, found[method], extras, values=values)
 
 

@@ -59,6 +59,7 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
     own, models = _count(specialist.model), dict[str, Tuned]()
     name, dataset = next(iter(context.evaluated.items()))
     found: dict[str, dict[str, float]] = {}
+    changed: dict[str, dict[str, Any]] = {}
     answers: dict[str, Callable[[np.ndarray], Any]] = {}
     for method in METHODS:
         if method not in wanted:
@@ -82,6 +83,7 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
             trained = adapters + connector + (own if vitask else 0)
             total = _count(model.vlm.adapter) + ((connector + own) if exemplar else 0)
             answers[method] = partial(model.predict, name, exemplar=exemplar)
+        changed[method] = notes[0]["changed"]
         found[method] = {
             "parameters_trained": float(trained),
             "parameters_total": float(total),
@@ -92,7 +94,13 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
     for method, values in found.items():
         work.advance(SCORING, f"{method}, seed {seed}")
         values["images_per_second"] = rates[method]
-        yield Outcome(method, [], values={"all datasets": values}, measured=MEASURED)
+        yield Outcome(
+            method,
+            [],
+            {"changed": changed[method]},
+            values={"all datasets": values},
+            measured=MEASURED,
+        )
 
 
 def _count(module: "torch.nn.Module") -> int:

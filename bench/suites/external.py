@@ -64,8 +64,6 @@ def evaluated(plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Datase
     """The external sets that lie in the data roots."""
     from vitask.data import external, subset
 
-    if lacking := unavailable(plan):
-        raise ValueError(f"suite external: {lacking}")
     size, retina, found = plan.recipe.source_size, datasets[TRAINED].spec, {}
     for name in external.names(plan.source, plan.roots):
         found[name] = external.load(name, retina, source=plan.source, roots=plan.roots, size=size)

@@ -79,8 +79,10 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
         if asked:
             tuned = work.tuned(full, specialist, name=name)
             for form in asked:
-                model = VITask(tuned.model.vlm, replace(full, instruction=form), tuned.model.tasks)
-                yield work.answers(f"{kind}@{form}", work.predict(model, write=False))
+                asking = replace(full, instruction=form)
+                model = VITask(tuned.model.vlm, asking, tuned.model.tasks)
+                note = tuned.note | {"changed": work.changed(asking)}
+                yield work.answers(f"{kind}@{form}", work.predict(model, write=False), note)
         if f"{kind}@{TRAINED}" in wanted:
             tuned = work.tuned(
                 replace(full, instruction="no_list"), specialist, name=f"{name}-no_list"

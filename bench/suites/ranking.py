@@ -61,7 +61,8 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
         model = work.untuned if recipe is None else work.tuned(recipe, name=method).model
         items = {name: _items(work, model, name) for name in context.evaluated}
         work.advance(SCORING, f"{method}, seed {seed}")
-        yield Outcome(method, [], items=items)
+        changed = {} if recipe is None else work.changed(recipe)
+        yield Outcome(method, [], {"changed": changed}, items=items)
 
 
 def _items(work: "Work", model: "VITask", name: str) -> "Items":

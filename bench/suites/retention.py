@@ -12,7 +12,6 @@ from bench.suites import Context, Outcome
 
 if TYPE_CHECKING:
     from bench.plan import Plan
-    from vitask.data.spec import Dataset
     from vitask.recipes import Recipe
 
 STUDY = True
@@ -35,12 +34,6 @@ def unavailable(plan: "Plan") -> str | None:
         f"no general task is known for the VLM {plan.recipe.vlm!r}; expected 'pocket', whose "
         "held-out picture questions are in this repository"
     )
-
-
-def evaluated(plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
-    if lacking := unavailable(plan):
-        raise ValueError(f"suite retention: {lacking}")
-    return datasets
 
 
 def images_of(name: str) -> str:
@@ -71,15 +64,12 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
     for method in METHODS:
         if method not in wanted:
             continue
-        if method == "untuned":
-            model = work.untuned
-        else:
-            recipe = context.recipe if method == "vitask" else vanilla(context.recipe)
-            model = work.tuned(recipe, name=method).model
+        recipe = context.recipe if method == "vitask" else vanilla(context.recipe)
+        model = work.untuned if method == "untuned" else work.tuned(recipe, name=method).model
         found = right(model.vlm, PICTURES, SEED)
         items = {
             f"pictures: {kind}": Items({"right": np.nan_to_num(one), "asked": 1.0 - np.isnan(one)})
             for kind, one in found.items()
         }
         work.advance(SCORING, f"{method}, seed {seed}")
-        yield Outcome(method, [], items=items)
+        yield Outcome(method, [], {"changed": work.changed(recipe)}, items=items)

@@ -167,12 +167,8 @@ def test_a_suite_without_its_data_does_not_take_the_others_down(plan, monkeypatc
 
 
 def test_what_lacks_something_is_left_out_of_all_and_fails_by_name(plan, monkeypatch):
-    def evaluated(plan, datasets):
-        raise ValueError("suite lacking: no package")
-
     module = type(sys)("lacking_suite")
-    own = {"evaluated": evaluated, "unavailable": lambda plan: "no package"}
-    module.__dict__.update(suite("cheap").__dict__ | own)
+    module.__dict__.update(suite("cheap").__dict__ | {"unavailable": lambda plan: "no package"})
     for name in set(SUITES) - {"cheap"}:
         monkeypatch.delitem(SUITES, name)
     monkeypatch.setitem(SUITES, "lacking", "lacking_suite")
@@ -184,6 +180,7 @@ def test_what_lacks_something_is_left_out_of_all_and_fails_by_name(plan, monkeyp
     done = bench("run", "cheap", "lacking", *words)
     assert done.exit_code == 1
     assert "failed: lacking: ValueError: suite lacking: no package" in done.output
+    assert "error: suite lacking: no package" in bench("run", "lacking", *words).output
 
 
 def test_the_recorded_command_names_no_paths(plan):

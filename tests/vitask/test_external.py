@@ -22,35 +22,35 @@ def photograph(path, value):
     Image.fromarray(pixels).save(path)
 
 
-def aptos(root):
-    folder = root / "aptos2019"
-    lines = ["id_code,diagnosis"]
+def published(folder, table, header, image, row):
+    """A set's folder: a table with a line an image, and the images, whose value is their grade."""
     for number, grade in enumerate(GRADES):
-        photograph(folder / "train_images" / f"a{number}.png", 50 + grade)
-        lines.append(f"a{number},{grade}")
-    (folder / "train.csv").write_text("\n".join(lines))
+        photograph(folder / image.format(number), 50 + grade)
+    lines = [header, *(row(number, grade) for number, grade in enumerate(GRADES))]
+    (folder / table).write_text("\n".join(lines))
     return folder
+
+
+def aptos(root):
+    return published(
+        root / "aptos2019", "train.csv", "id_code,diagnosis", "train_images/a{}.png",
+        lambda number, grade: f"a{number},{grade}",
+    )  # fmt: skip
 
 
 def messidor2(root):
-    folder = root / "messidor2"
-    lines = ["image_id,adjudicated_dr_grade,adjudicated_dme,adjudicated_gradable"]
-    for number, grade in enumerate(GRADES):
-        photograph(folder / "images" / f"m{number}.jpg", 50 + grade)
-        gradable = 0 if number == 7 else 1
-        lines.append(f"m{number}.jpg,{grade if gradable else ''},0,{gradable}")
-    (folder / "messidor_data.csv").write_text("\n".join(lines))
-    return folder
+    return published(
+        root / "messidor2", "messidor_data.csv",
+        "image_id,adjudicated_dr_grade,adjudicated_dme,adjudicated_gradable", "images/m{}.jpg",
+        lambda number, grade: f"m{number}.jpg," + (",0,0" if number == 7 else f"{grade},0,1"),
+    )  # fmt: skip
 
 
 def messidor(root):
-    folder = root / "messidor"
-    lines = ["Image name,Retinopathy grade"]
-    for number, grade in enumerate(GRADES):
-        photograph(folder / "images" / f"p{number}.tif", 50 + grade)
-        lines.append(f"p{number}.tif,{min(grade, 3)}")
-    (folder / "annotations.csv").write_text("\n".join(lines))
-    return folder
+    return published(
+        root / "messidor", "annotations.csv", "Image name,Retinopathy grade", "images/p{}.tif",
+        lambda number, grade: f"p{number}.tif,{min(grade, 3)}",
+    )  # fmt: skip
 
 
 def read(name, root):
