@@ -14,7 +14,8 @@ from kernels.problem import Problem, RowResult, Wanted, counted
 
 LOGIT_BYTES = 64 * 2**20  # at most, of all branches of a chunk together
 MIN_ROWS = 32  # per branch; fewer would spend the time on reading the head
-BLOCK_BYTES = 2**20  # of one branch's logits in a pass; a few of them fit into the L2 of a core
+BLOCK_BYTES = 4 * 2**20  # of one branch's logits in a pass; a few of them fit into the last cache
+TILE_BYTES = 2 * 2**20  # of the head in one product: more would be read from memory again and again
 
 
 def chunked_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None = None) -> RowResult:
@@ -69,7 +70,7 @@ def _counted_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None) ->
         split = len(inputs)
         if len(problem.exemplar):
             inputs = torch.cat([inputs, problem.exemplar[exemplar.number].to(dtype)])
-        logits = torch.mm(inputs, weight.T, out=buffer[: len(inputs)])
+        logits = project(inputs, weight, buffer[: len(inputs)])
         labels = problem.labels[chunk]
         losses[:, chunk] = _chunk(logits, problem, wanted, labels, negative.at, exemplar.at)
         if hidden_gradient is not None:
@@ -89,6 +90,18 @@ def _counted_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None) ->
                 inputs = inputs * scales[:, None]
             weight_gradient.addmm_(logits.T, inputs)
     return RowResult(losses, hidden_gradient, weight_gradient)
+
+
+def project(inputs: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
+    """`logits` (rows, vocab) = inputs (rows, hidden) weightᵀ, a tile of the head at a time.
+
+    One product with the whole head takes up to half as long again: the library packs all of it.
+    """
+    size = max(1, TILE_BYTES // (weight.shape[1] * weight.itemsize))
+    for start in range(0, len(weight), size):
+        tile = slice(start, start + size)
+        torch.mm(inputs, weight[tile].T, out=logits[:, tile])
+    return logits
 
 
 class _Own(NamedTuple):
