@@ -72,12 +72,18 @@ def scored(
     return Scored(spec, labels, probability, predicted, generated)
 
 
-def measure(data: Scored, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Every metric of the task, each (resamples,); NaN where it is not defined."""
+def measure(
+    data: Scored, weights: np.ndarray | None = None, *, ranks: bool = True
+) -> dict[str, np.ndarray]:
+    """Every metric of the task, each (resamples,); NaN where it is not defined.
+
+    ranks: False leaves out AUC, which takes most of the time.
+    """
     if weights is None:
         weights = np.ones((1, len(data.labels)))
     sums = {name: weights @ column for name, column in columns(data).items()}
-    return finish(data.spec, sums, auc(data, weights))
+    of_ranks = auc(data, weights) if ranks else np.full(len(weights), np.nan)
+    return finish(data.spec, sums, of_ranks)
 
 
 def confusion(data: Scored) -> list[list[int]]:

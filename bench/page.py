@@ -28,16 +28,23 @@ ENVIRONMENT = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
     autoescape=False,
 )
-LOWER_IS_BETTER = ("ece", "gen_invalid", "overlap", "negative")
+LOWER_IS_BETTER = ("ece", "gen_invalid", "overlap", "negative", "lost", "be", "rbe")
 SIGNIFICANT = 0.05
 SMALL_TEST = 500  # images; below, a row is flagged
 MOST_COLUMNS = 8  # of a table; with more methods each is a line
 
 
 def page(
-    frame: pd.DataFrame, records: Sequence[Record], root: Path, figures: Collection[str] = ()
+    frame: pd.DataFrame,
+    records: Sequence[Record],
+    root: Path,
+    figures: Collection[str] = (),
+    sections: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """Text of the page; the same records give the same bytes."""
+    """Text of the page; the same records give the same bytes.
+
+    figures: names of its SVG files; sections: (title, Markdown) of further tables
+    """
     first = records[0]
     module = suite(first.suite)
     sources = {card["source"] for card in first.data.values()}
@@ -45,7 +52,6 @@ def page(
     tables = [
         (title, _table(frame, metric, list(module.METHODS))) for metric, title in titles.items()
     ]
-    sections: list[tuple[str, str]] = getattr(module, "sections", lambda records: [])(records)
     return ENVIRONMENT.get_template("suite.md").render(
         suite=first.suite,
         about=(module.__doc__ or "").strip(),

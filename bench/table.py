@@ -48,7 +48,7 @@ def tabulate(
     module: methods and references, if not the suite's own
     """
     module = module or suite(records[0].suite)
-    samples = {r.name: read_samples(folder / "samples" / f"{r.name}.parquet") for r in records}
+    samples = _samples(folder, records)
     images = list(records[0].data)  # datasets whose test images are answered
     others = dict.fromkeys(n for r in records for n in _values(r) if n not in images)
     found: dict[str, dict[str, _Cell]] = {}
@@ -58,14 +58,38 @@ def tabulate(
             mine = [r for r in records if r.method == method and name in _values(r)]
             if mine:
                 cells[method] = _Cell.of(sorted(mine, key=lambda r: r.seed), name, specs, samples)
-        groups = [s[name].groups for s in samples.values() if name in s]
-        if groups:
-            _resample(name, cells, groups[0], module)
+        answered = [s[name] for s in samples.values() if name in s]
+        if answered:
+            _resample(name, cells, drawn_together(answered[0], module), module)
         _resample_items(name, cells, module)
         found[name] = cells
+    _resample_lost(found, module)
     if len(counted := _counted(found, module)) > 1:
         found[AVERAGE] = _average({name: found[name] for name in counted}, module)
     return _frame(found, records[0], images, module)
+
+
+def _samples(folder: Path, records: Sequence[Record]) -> dict[str, dict[str, Samples]]:
+    return {r.name: read_samples(folder / "samples" / f"{r.name}.parquet") for r in records}
+
+
+class Answers:
+    """What test images were answered and how they are drawn, for further sections of a page."""
+
+    def __init__(
+        self, folder: Path, records: Sequence[Record], specs: Mapping[str, DatasetSpec]
+    ) -> None:
+        self.samples, self.specs = _samples(folder, records), specs
+        self.module = suite(records[0].suite)
+
+    def scored(self, record: Record, name: str) -> Scored:
+        return scored_by(record, self.specs[name], self.samples[record.name][name])
+
+    def weights(self, name: str) -> np.ndarray:
+        """float (2000, n): how often each image is drawn, as in the tables."""
+        sample = next(s[name] for s in self.samples.values() if name in s)
+        drawn = images_of(self.module, name), len(sample.labels)
+        return bootstrap_weights(*drawn, drawn_together(sample, self.module)).astype(float)
 
 
 def _values(record: Record) -> dict[str, dict[str, float | None]]:
@@ -106,7 +130,7 @@ class _Cell:
         return cls(
             records,
             points,
-            [_scored(r, specs[name], samples[r.name][name]) for r in answered],
+            [scored_by(r, specs[name], samples[r.name][name]) for r in answered],
             [Items.of(r.items[name]) for r in records if name in r.items],
         )
 
@@ -117,11 +141,23 @@ class _Cell:
         return interval(self.resampled.get(metric, np.array([])))
 
 
-def _scored(record: Record, spec: DatasetSpec, sample: Samples) -> Scored:
+def scored_by(record: Record, spec: DatasetSpec, sample: Samples) -> Scored:
+    """The record's answers to a set, ready to be measured."""
     answers = None
     if spec.multi_label:
         answers = candidates_of(record.candidates[spec.name], len(spec.classes))
     return scored(spec, sample.labels, sample.prediction, answers)
+
+
+def drawn_together(sample: Samples, module: Rows) -> np.ndarray | None:
+    """What is resampled as one: groups that the data name, else each image by itself.
+
+    Where sets are made of one another's images, by its id: there an image without a group is one
+    among its versions in the other sets, and has to be drawn as they are.
+    """
+    if sample.groups is None and hasattr(module, "images_of"):
+        return sample.ids
+    return sample.groups
 
 
 def _resample(name: str, cells: dict[str, _Cell], groups: np.ndarray | None, module: Rows) -> None:
@@ -149,6 +185,19 @@ def _resample_items(name: str, cells: dict[str, _Cell], module: Rows) -> None:
         if other is not None:
             swap = swaps(drawn, count, groups)
             cell.permuted |= own.permuted_differences(cell.items, other.items, measure, swap)
+
+
+def _resample_lost(found: Mapping[str, Mapping[str, _Cell]], module: Rows) -> None:
+    """What a set loses against another one made of the same images, drawn as one with it."""
+    against: Callable[[str], Mapping[str, tuple[str, str]]]
+    against = getattr(module, "lost_against", lambda name: {})
+    for name, cells in found.items():
+        for metric, (whole, of) in against(name).items():
+            for method, cell in cells.items():
+                other = found[whole][method]
+                cell.resampled[metric] = other.resampled[of] - cell.resampled[of]
+                if of in cell.permuted:
+                    cell.permuted[metric] = other.permuted[of] - cell.permuted[of]
 
 
 def _counted(found: Mapping[str, Mapping[str, _Cell]], module: Rows) -> list[str]:
@@ -282,9 +331,12 @@ def render(
     module = suite(name)
     figures: dict[str, str] = getattr(module, "figures", lambda frame: {})(frame)
     figures |= getattr(module, "plots", lambda records: {})(records)
+    sections = []
+    if hasattr(module, "sections"):
+        sections = module.sections(records, Answers(folder, records, specs))
     return {
         f"{name}.csv": csv_text(frame),
-        f"{name}.md": page(frame, records, ROOT, figures),
+        f"{name}.md": page(frame, records, ROOT, figures, sections),
         **figures,
     }
 

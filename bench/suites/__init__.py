@@ -25,11 +25,15 @@ averaged(name) -> bool
 images_of(name) -> name
             the set whose images a scored set shows in another way: they are resampled and
             swapped as one, and counted once; by default a set shows its own
+lost_against(name) -> metric -> (set, its metric)
+            of the metrics in the outcomes' values those that are another set's metric minus this
+            set's own, of the same images: they get intervals and tests; by default none are
 measured(values, weights) -> metric -> (k,)
             the suite's own metrics of its outcomes' items; by default the mean of each name
 LIBRARIES   what it alone computes with: their versions are part of its records and their keys
 TABLES      metric -> title: the tables of its page
-sections(records) -> list of (title, Markdown), further parts of its page
+sections(records, answers) -> list of (title, Markdown), further parts of its page, made of the
+            records and of the answers (bench.table.Answers) that they were scored by
 figures(frame), plots(records) -> file name -> SVG text
             charts of its table or of what its records hold, shown on its page
 

@@ -14,6 +14,7 @@ from bench.suites import Context, Outcome
 
 if TYPE_CHECKING:
     from bench.record import Record
+    from bench.table import Answers
     from bench.work import Work
     from vitask.data.spec import Dataset
     from vitask.recipes import Recipe
@@ -156,7 +157,8 @@ def abstention(
     val: "Prediction", test: "Prediction", dataset: "Dataset", members: np.ndarray
 ) -> list[list[float]]:
     """[share of val answered, share of test answered, accuracy on these] for each coverage."""
-    confidence = {part: _confidence(p) for part, p in (("val", val), ("test", test))}
+    parts = (("val", val), ("test", test))
+    confidence = {part: _confidence(p.log_probability, p.kind) for part, p in parts}
     right = _right(test, dataset.splits["test"].labels, members)
     found = []
     for coverage in COVERAGES:
@@ -167,10 +169,9 @@ def abstention(
     return found
 
 
-def _confidence(prediction: "Prediction") -> np.ndarray:
+def _confidence(log_p: np.ndarray, kind: str) -> np.ndarray:
     """Log-probability of the answer that is given."""
-    log_p = prediction.log_probability
-    if prediction.kind == "labels":
+    if kind == "labels":
         absent = np.log1p(-np.exp(np.minimum(log_p, -1e-12)))
         return np.maximum(log_p, absent).sum(1)
     return log_p.max(1) - np.logaddexp.reduce(log_p, axis=1)
@@ -183,16 +184,51 @@ def _right(prediction: "Prediction", labels: np.ndarray, members: np.ndarray) ->
     return log_p.argmax(1) == _answer(labels, members)
 
 
-def sections(records: "Sequence[Record]") -> list[tuple[str, str]]:
+def sections(records: "Sequence[Record]", answers: "Answers") -> list[tuple[str, str]]:
     """Accuracy on what is answered, by the share of the validation part that is answered."""
-    title = "Accuracy on the answered test images (share of them), averaged over datasets and seeds"
+    from bench.stats import interval
+
+    title = (
+        "Accuracy on the answered test images, its 95 % interval for these thresholds, and the "
+        "share that is answered; averaged over datasets and seeds"
+    )
     head = [f"{coverage:.0%} of validation" for coverage in COVERAGES]
     lines = ["| method | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    plain = {(r.method, r.seed): r for r in records}
     for kind in KINDS:
-        mine = [r.extras["abstention"] for r in records if r.method == f"{kind}{SCALED}"]
-        curves = np.array([curve for by_dataset in mine for curve in by_dataset.values()])
-        if not curves.size:
+        mine = [r for r in records if r.method == f"{kind}{SCALED}"]
+        curves, drawn = [], []
+        for r in mine:
+            for name, curve in r.extras["abstention"].items():
+                curves.append(curve)
+                drawn.append(_drawn_accuracies(answers, plain[kind, r.seed], name, curve))
+        if not curves:
             continue
-        mean = curves.mean(0)  # (coverages, 3)
-        lines.append(f"| {kind} | " + " | ".join(f"{a:.3f} ({c:.0%})" for _, c, a in mean) + " |")
+        ends = [interval(values) for values in np.mean(drawn, axis=0)]
+        cells = [
+            f"{accuracy:.3f} [{low:.3f}, {high:.3f}] ({share:.0%})"
+            for (_, share, accuracy), (low, high) in zip(np.mean(curves, axis=0), ends, strict=True)
+        ]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return [(title, "\n".join(lines))]
+
+
+def _drawn_accuracies(
+    answers: "Answers", record: "Record", name: str, curve: list[list[float]]
+) -> np.ndarray:
+    """(coverages, resamples): accuracy on the drawn test images that are answered.
+
+    The curve names the share that is answered: that many with the largest confidence.
+    """
+    scored, sample = answers.scored(record, name), answers.samples[record.name][name]
+    right = (scored.labels == scored.predicted).reshape(len(scored.labels), -1).all(1)
+    confidence = _confidence(sample.prediction.log_probability, sample.prediction.kind)
+    weights, ordered = answers.weights(name), np.sort(confidence)[::-1]
+    found = []
+    for _, share, _ in curve:
+        count = round(share * len(ordered))
+        kept = confidence >= (ordered[count - 1] if count else np.inf)
+        total = weights @ kept
+        hit = weights @ (right & kept)
+        found.append(np.divide(hit, total, out=np.full(len(total), np.nan), where=total > 0))
+    return np.array(found)

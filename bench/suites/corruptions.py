@@ -18,6 +18,7 @@ from bench.suites import Context, Outcome
 if TYPE_CHECKING:
     from bench.plan import Plan
     from bench.record import Record
+    from bench.table import Answers
     from vitask.data.spec import Dataset
     from vitask.recipes import Recipe
     from vitask.score import Prediction
@@ -50,6 +51,11 @@ def averaged(name: str) -> bool:
 
 def images_of(name: str) -> str:
     return name.partition(MARK)[0]
+
+
+def lost_against(name: str) -> dict[str, tuple[str, str]]:
+    """`lost` is the clean set's balanced accuracy minus this one's."""
+    return {"lost": (images_of(name), "balanced_accuracy")} if MARK in name else {}
 
 
 def unavailable(plan: "Plan") -> str | None:
@@ -177,24 +183,20 @@ def _balanced(prediction: "Prediction", dataset: "Dataset", rows: np.ndarray) ->
     return float(measure(scored(dataset.spec, labels, part, answers))["balanced_accuracy"][0])
 
 
-def sections(records: "Sequence[Record]") -> list[tuple[str, str]]:
+def sections(records: "Sequence[Record]", answers: "Answers") -> list[tuple[str, str]]:
     """By severity, and what could not be made."""
     first = records[0]
     bases = list(first.trained_on)
     lines = ["| dataset | method | clean | 1 | 2 | 3 | 4 | 5 |", "|---" * 8 + "|"]
     corrupted = {images_of(name) for name in first.extras["severities"]}
     for base in bases:
-        for method in METHODS if base in corrupted else ():
+        if base not in corrupted:
+            continue
+        weights = answers.weights(base)
+        for method in METHODS:
             mine = [r for r in records if r.method == method]
-            clean = np.mean([r.metrics[base]["balanced_accuracy"] for r in mine])
-            curves = [
-                c
-                for r in mine
-                for n, c in r.extras["severities"].items()
-                if n.startswith(base + MARK)
-            ]
-            cells = [clean, *np.mean(curves, axis=0)]
-            lines.append(f"| {base} | {method} | " + " | ".join(f"{c:.3f}" for c in cells) + " |")
+            cells = _by_severity(mine, answers, base, weights)
+            lines.append(f"| {base} | {method} | " + " | ".join(cells) + " |")
     missing = ["| dataset | corruption | why |", "|---|---|---|"]
     for base, lacking in first.extras["unavailable"].items():
         missing += [f"| {base} | {name} | {why} |" for name, why in lacking.items()]
@@ -202,8 +204,47 @@ def sections(records: "Sequence[Record]") -> list[tuple[str, str]]:
             missing.append(f"| {base} | – | MedMNIST-C lists none for this dataset or modality |")
     found = []
     if len(lines) > 2:
-        title = "Balanced accuracy by severity, mean over corruptions and seeds"
+        title = (
+            "Balanced accuracy by severity, mean over corruptions and seeds, and its 95 % interval"
+        )
         found.append((title, "\n".join(lines)))
     if len(missing) > 2:
         found.append(("Listed by MedMNIST-C, but not available here", "\n".join(missing)))
     return found
+
+
+def _by_severity(
+    records: "Sequence[Record]", answers: "Answers", base: str, weights: np.ndarray
+) -> list[str]:
+    """One method's balanced accuracy on the clean images and at each severity.
+
+    weights: (resamples, n) of the clean images; with an image all its versions are drawn.
+    """
+    from bench.corruption import SEVERITIES
+    from bench.metrics import measure
+    from bench.stats import interval
+
+    points, drawn = [], []
+    for record in records:
+        clean = record.metrics[base]["balanced_accuracy"]
+        whole = measure(answers.scored(record, base), weights, ranks=False)["balanced_accuracy"]
+        for name, steps in record.extras["severities"].items():
+            if images_of(name) != base:
+                continue
+            scored = answers.scored(record, name)
+            found = [whole]
+            for rows in np.split(np.arange(len(scored.labels)), SEVERITIES):
+                part = replace(
+                    scored,
+                    labels=scored.labels[rows],
+                    probability=scored.probability[rows],
+                    predicted=scored.predicted[rows],
+                )
+                found.append(measure(part, weights, ranks=False)["balanced_accuracy"])
+            points.append([clean, *steps])
+            drawn.append(found)
+    ends = [interval(values) for values in np.mean(drawn, axis=0)]
+    return [
+        f"{point:.3f} [{low:.3f}, {high:.3f}]"
+        for point, (low, high) in zip(np.mean(points, axis=0), ends, strict=True)
+    ]

@@ -9,8 +9,10 @@ from bench import items as own
 from bench import stats
 from bench.items import Items, means, points
 from bench.metrics import scored
+from bench.record import Samples
 from bench.stats import bootstrap_weights, swaps
-from bench.suites import external, ranking
+from bench.suites import corruptions, external, main, ranking
+from bench.table import drawn_together
 from vitask.data import load
 from vitask.score import Prediction
 
@@ -38,6 +40,20 @@ def test_share_of_right_answers_has_the_interval_and_permutations_of_accuracy(gr
     expected = stats.permuted_differences(ours, theirs, swap)["accuracy"]
     found = own.permuted_differences(right[0], right[1], means, swap)["accuracy"]
     np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_an_image_is_drawn_with_all_that_was_made_of_it():
+    ids, labels = np.array([f"image {i}" for i in range(12)]), np.zeros(12, int)
+    made = np.array([f"{one}@{step}" for step in range(5) for one in ids])
+    nothing = Prediction("x", "candidates", np.zeros((12, 2)))
+    clean = Samples(ids, labels, None, nothing)
+    corrupted = Samples(made, np.tile(labels, 5), np.tile(ids, 5), nothing)
+    for draw in (bootstrap_weights, swaps):
+        together = draw("x", 12, drawn_together(clean, corruptions))
+        np.testing.assert_array_equal(
+            draw("x", 60, drawn_together(corrupted, corruptions)), np.tile(together, 5)
+        )
+    assert drawn_together(clean, main) is None
 
 
 def test_referable_auc_is_the_auc_of_the_two_sides():

@@ -1,5 +1,6 @@
 """Every suite: its face, and one whole run at a size of seconds."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,7 +107,19 @@ def test_a_suite_runs_to_its_tables_and_verifies(name, tiny):
     assert tuple(frame.columns) == COLUMNS
     assert set(frame.method) == set(job.module.METHODS)
     assert set(frame.source) == {"phantom"}
+    if name == "corruptions":
+        values = frame.pivot(index=["dataset", "method"], columns="metric", values="mean")
+        lost = frame[frame.metric == "lost"].set_index(["dataset", "method"])
+        for (made, method), row in lost.iterrows():
+            clean = values.balanced_accuracy[made.split("+")[0], method]
+            whole = clean - values.balanced_accuracy[made, method]
+            if made != "average":
+                assert row["mean"] == pytest.approx(whole, abs=2e-6)
+            assert row["ci_low"] <= row["mean"] <= row["ci_high"]
+            assert (method == "vanilla") == bool(np.isnan(row["p_holm"]))
     page = (tiny.folder / f"{name}.md").read_text()
+    if name in ("calibration", "corruptions"):
+        assert re.search(r"\| tsm \| \d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", page)  # in the section
     assert "PHANTOM" in page.splitlines()[0]
     for figure in tiny.folder.glob("*.svg"):
         assert figure.read_text().startswith("<svg")
@@ -178,6 +191,6 @@ def test_a_set_without_corruptions_is_named():
     record = SimpleNamespace(
         method="tsm", trained_on={"own": {}}, extras={"severities": {}, "unavailable": {"own": {}}}
     )
-    ((title, text),) = suite("corruptions").sections([record])
+    ((title, text),) = suite("corruptions").sections([record], None)
     assert "not available here" in title
     assert "| own | – | MedMNIST-C lists none" in text
