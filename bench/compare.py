@@ -11,7 +11,7 @@ import pandas as pd
 from bench.plan import specs_of
 from bench.record import Record
 from bench.suites import Rows, suite
-from bench.table import tabulate
+from bench.table import Answers, tabulate
 
 METRICS = ("macro_f1", "accuracy", "auc", "balanced_accuracy", "ece", "qwk")
 
@@ -36,7 +36,8 @@ def compare(folder: Path, records: Sequence[Record], method: str, reference: str
     module = suite(records[0].suite)
     rows = {"METHODS": {method: "", reference: ""}, "REFERENCE": reference}
     pair = SimpleNamespace(**vars(module) | rows)  # the suite itself, with these two alone
-    frame = tabulate(folder, mine, specs_of(records[0]), cast(Rows, pair))
+    answers = Answers(folder, mine, specs_of(records[0]), cast(Rows, pair))
+    frame = tabulate(mine, answers)
     keys = ["dataset", "metric"]
     means = frame[frame["method"] == reference].set_index(keys)["mean"].rename(reference)
     shown = [*METRICS, *getattr(module, "TABLES", ())]

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 
 from bench.metrics import Scored, columns, finish, measure, one_against_rest
 
@@ -158,8 +159,12 @@ def chunked(
 
 
 def _members(count: int, groups: np.ndarray | None) -> tuple[int, np.ndarray]:
-    """Number of groups, and each image's; without groups every image is its own."""
+    """Number of groups, and each image's; without groups every image is its own.
+
+    Numbered as they first appear: images and what is made of each, in the same order and grouped
+    by it, are then drawn alike.
+    """
     if groups is None:
         return count, np.arange(count)
-    names, member = np.unique(groups, return_inverse=True)
+    member, names = pd.factorize(groups)
     return len(names), member

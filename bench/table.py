@@ -13,7 +13,7 @@ from bench import items as own
 from bench.items import Items, Measure, measure_of
 from bench.metrics import Scored, scored
 from bench.page import SMALL_TEST, page
-from bench.record import Record, Samples, candidates_of, read_samples, write_text
+from bench.record import Record, candidates_of, read_samples, write_text
 from bench.stats import (
     bootstrap_weights,
     holm,
@@ -37,18 +37,48 @@ NOT_AVERAGED = ("qwk", "recall:")  # no meaning across datasets
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def tabulate(
-    folder: Path,
-    records: Sequence[Record],
-    specs: Mapping[str, DatasetSpec],
-    module: Rows | None = None,
-) -> pd.DataFrame:
-    """The long table of a suite's records; their samples lie in the same folder.
+class Answers:
+    """What the records' test images were answered, out of the samples beside the records.
 
-    module: methods and references, if not the suite's own
+    module: methods, references and how images are drawn, if not the suite's own
     """
-    module = module or suite(records[0].suite)
-    samples = _samples(folder, records)
+
+    def __init__(
+        self,
+        folder: Path,
+        records: Sequence[Record],
+        specs: Mapping[str, DatasetSpec],
+        module: Rows | None = None,
+    ) -> None:
+        self.module = module or suite(records[0].suite)
+        paths = {r.name: folder / "samples" / f"{r.name}.parquet" for r in records}
+        self.samples = {name: read_samples(path) for name, path in paths.items()}
+        self.specs = specs
+
+    def scored(self, record: Record, name: str) -> Scored:
+        """The record's answers to a set, ready to be measured."""
+        spec, sample = self.specs[name], self.samples[record.name][name]
+        members = None
+        if spec.multi_label:
+            members = candidates_of(record.candidates[name], len(spec.classes))
+        return scored(spec, sample.labels, sample.prediction, members)
+
+    def weights(self, name: str) -> np.ndarray:
+        """How often each image of a set is drawn, uint16 (2000, n)."""
+        return bootstrap_weights(*self._drawn(name))
+
+    def swaps(self, name: str) -> np.ndarray:
+        """Which images of a set change method, bool (2000, n)."""
+        return swaps(*self._drawn(name))
+
+    def _drawn(self, name: str) -> tuple[str, int, np.ndarray | None]:
+        sample = next(own[name] for own in self.samples.values() if name in own)
+        return images_of(self.module, name), len(sample.labels), sample.groups
+
+
+def tabulate(records: Sequence[Record], answers: Answers) -> pd.DataFrame:
+    """The long table of a suite's records."""
+    module = answers.module
     images = list(records[0].data)  # datasets whose test images are answered
     others = dict.fromkeys(n for r in records for n in _values(r) if n not in images)
     found: dict[str, dict[str, _Cell]] = {}
@@ -57,39 +87,14 @@ def tabulate(
         for method in module.METHODS:
             mine = [r for r in records if r.method == method and name in _values(r)]
             if mine:
-                cells[method] = _Cell.of(sorted(mine, key=lambda r: r.seed), name, specs, samples)
-        answered = [s[name] for s in samples.values() if name in s]
-        if answered:
-            _resample(name, cells, drawn_together(answered[0], module), module)
+                cells[method] = _Cell.of(sorted(mine, key=lambda r: r.seed), name, answers)
+        _resample(name, cells, answers)
         _resample_items(name, cells, module)
         found[name] = cells
     _resample_lost(found, module)
     if len(counted := _counted(found, module)) > 1:
         found[AVERAGE] = _average({name: found[name] for name in counted}, module)
     return _frame(found, records[0], images, module)
-
-
-def _samples(folder: Path, records: Sequence[Record]) -> dict[str, dict[str, Samples]]:
-    return {r.name: read_samples(folder / "samples" / f"{r.name}.parquet") for r in records}
-
-
-class Answers:
-    """What test images were answered and how they are drawn, for further sections of a page."""
-
-    def __init__(
-        self, folder: Path, records: Sequence[Record], specs: Mapping[str, DatasetSpec]
-    ) -> None:
-        self.samples, self.specs = _samples(folder, records), specs
-        self.module = suite(records[0].suite)
-
-    def scored(self, record: Record, name: str) -> Scored:
-        return scored_by(record, self.specs[name], self.samples[record.name][name])
-
-    def weights(self, name: str) -> np.ndarray:
-        """float (2000, n): how often each image is drawn, as in the tables."""
-        sample = next(s[name] for s in self.samples.values() if name in s)
-        drawn = images_of(self.module, name), len(sample.labels)
-        return bootstrap_weights(*drawn, drawn_together(sample, self.module)).astype(float)
 
 
 def _values(record: Record) -> dict[str, dict[str, float | None]]:
@@ -117,20 +122,14 @@ class _Cell:
     permuted: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls,
-        records: list[Record],
-        name: str,
-        specs: Mapping[str, DatasetSpec],
-        samples: Mapping[str, Mapping[str, Samples]],
-    ) -> "_Cell":
+    def of(cls, records: list[Record], name: str, answers: Answers) -> "_Cell":
         values = [_values(record)[name] for record in records]
         points = {metric: [_number(v[metric]) for v in values] for metric in values[0]}
-        answered = [r for r in records if name in samples[r.name]]
+        answered = [r for r in records if name in answers.samples[r.name]]
         return cls(
             records,
             points,
-            [scored_by(r, specs[name], samples[r.name][name]) for r in answered],
+            [answers.scored(r, name) for r in answered],
             [Items.of(r.items[name]) for r in records if name in r.items],
         )
 
@@ -141,33 +140,15 @@ class _Cell:
         return interval(self.resampled.get(metric, np.array([])))
 
 
-def scored_by(record: Record, spec: DatasetSpec, sample: Samples) -> Scored:
-    """The record's answers to a set, ready to be measured."""
-    answers = None
-    if spec.multi_label:
-        answers = candidates_of(record.candidates[spec.name], len(spec.classes))
-    return scored(spec, sample.labels, sample.prediction, answers)
-
-
-def drawn_together(sample: Samples, module: Rows) -> np.ndarray | None:
-    """What is resampled as one: groups that the data name, else each image by itself.
-
-    Where sets are made of one another's images, by its id: there an image without a group is one
-    among its versions in the other sets, and has to be drawn as they are.
-    """
-    if sample.groups is None and hasattr(module, "images_of"):
-        return sample.ids
-    return sample.groups
-
-
-def _resample(name: str, cells: dict[str, _Cell], groups: np.ndarray | None, module: Rows) -> None:
+def _resample(name: str, cells: dict[str, _Cell], answers: Answers) -> None:
     """Bootstrap every method with the same indices; permute against its reference."""
     answered = {method: cell for method, cell in cells.items() if cell.seeds}
-    count, drawn = len(next(iter(answered.values())).seeds[0].labels), images_of(module, name)
-    weights, swap = bootstrap_weights(drawn, count, groups), swaps(drawn, count, groups)
+    if not answered:
+        return
+    weights, swap = answers.weights(name), answers.swaps(name)
     for method, cell in answered.items():
         cell.resampled = resampled(cell.seeds, weights)
-        reference = reference_of(module, method)
+        reference = reference_of(answers.module, method)
         if reference in answered:
             cell.permuted = permuted_differences(cell.seeds, answered[reference].seeds, swap)
 
@@ -327,13 +308,13 @@ def render(
 ) -> dict[str, str]:
     """File name -> text of everything that a suite's records are shown as."""
     name = records[0].suite
-    frame = tabulate(folder, records, specs)
-    module = suite(name)
+    answers = Answers(folder, records, specs)
+    module = answers.module
+    frame = tabulate(records, answers)
     figures: dict[str, str] = getattr(module, "figures", lambda frame: {})(frame)
     figures |= getattr(module, "plots", lambda records: {})(records)
-    sections = []
-    if hasattr(module, "sections"):
-        sections = module.sections(records, Answers(folder, records, specs))
+    sections: list[tuple[str, str]]
+    sections = getattr(module, "sections", lambda records, answers: [])(records, answers)
     return {
         f"{name}.csv": csv_text(frame),
         f"{name}.md": page(frame, records, ROOT, figures, sections),

@@ -157,8 +157,7 @@ def abstention(
     val: "Prediction", test: "Prediction", dataset: "Dataset", members: np.ndarray
 ) -> list[list[float]]:
     """[share of val answered, share of test answered, accuracy on these] for each coverage."""
-    parts = (("val", val), ("test", test))
-    confidence = {part: _confidence(p.log_probability, p.kind) for part, p in parts}
+    confidence = {part: _confidence(p) for part, p in (("val", val), ("test", test))}
     right = _right(test, dataset.splits["test"].labels, members)
     found = []
     for coverage in COVERAGES:
@@ -169,9 +168,10 @@ def abstention(
     return found
 
 
-def _confidence(log_p: np.ndarray, kind: str) -> np.ndarray:
+def _confidence(prediction: "Prediction") -> np.ndarray:
     """Log-probability of the answer that is given."""
-    if kind == "labels":
+    log_p = prediction.log_probability
+    if prediction.kind == "labels":
         absent = np.log1p(-np.exp(np.minimum(log_p, -1e-12)))
         return np.maximum(log_p, absent).sum(1)
     return log_p.max(1) - np.logaddexp.reduce(log_p, axis=1)
@@ -222,8 +222,8 @@ def _drawn_accuracies(
     """
     scored, sample = answers.scored(record, name), answers.samples[record.name][name]
     right = (scored.labels == scored.predicted).reshape(len(scored.labels), -1).all(1)
-    confidence = _confidence(sample.prediction.log_probability, sample.prediction.kind)
-    weights, ordered = answers.weights(name), np.sort(confidence)[::-1]
+    confidence = _confidence(sample.prediction)
+    weights, ordered = answers.weights(name).astype(float), np.sort(confidence)[::-1]
     found = []
     for _, share, _ in curve:
         count = round(share * len(ordered))

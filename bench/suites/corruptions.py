@@ -139,8 +139,8 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
     for method in METHODS:
         if method in wanted:
             values, steps = _judged(context, found[method])
-            changed = plain.note["changed"] if method == "vanilla" else {}
-            extras = {"changed": changed, "unavailable": lacking, "severities": steps}
+            note = {"tsm": specialist.note, "vanilla": plain.note}.get(method, tuned.note)
+            extras = {"changed": note["changed"], "unavailable": lacking, "severities": steps}
             yield Outcome(method, found[method], extras, values=values)
 
 
@@ -192,7 +192,7 @@ def sections(records: "Sequence[Record]", answers: "Answers") -> list[tuple[str,
     for base in bases:
         if base not in corrupted:
             continue
-        weights = answers.weights(base)
+        weights = answers.weights(base).astype(float)
         for method in METHODS:
             mine = [r for r in records if r.method == method]
             cells = _by_severity(mine, answers, base, weights)

@@ -64,7 +64,7 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
     for method in METHODS:
         if method not in wanted:
             continue
-        recipe = context.recipe if method == "vitask" else vanilla(context.recipe)
+        recipe = vanilla(context.recipe) if method == "vanilla" else context.recipe
         model = work.untuned if method == "untuned" else work.tuned(recipe, name=method).model
         found = right(model.vlm, PICTURES, SEED)
         items = {

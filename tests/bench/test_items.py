@@ -9,10 +9,9 @@ from bench import items as own
 from bench import stats
 from bench.items import Items, means, points
 from bench.metrics import scored
-from bench.record import Samples
 from bench.stats import bootstrap_weights, swaps
-from bench.suites import corruptions, external, main, ranking
-from bench.table import drawn_together
+from bench.suites import corruptions, external, ranking
+from bench.table import _Cell, _resample_lost
 from vitask.data import load
 from vitask.score import Prediction
 
@@ -43,17 +42,37 @@ def test_share_of_right_answers_has_the_interval_and_permutations_of_accuracy(gr
 
 
 def test_an_image_is_drawn_with_all_that_was_made_of_it():
-    ids, labels = np.array([f"image {i}" for i in range(12)]), np.zeros(12, int)
-    made = np.array([f"{one}@{step}" for step in range(5) for one in ids])
-    nothing = Prediction("x", "candidates", np.zeros((12, 2)))
-    clean = Samples(ids, labels, None, nothing)
-    corrupted = Samples(made, np.tile(labels, 5), np.tile(ids, 5), nothing)
+    ids = np.array([f"image {i}" for i in range(12)])  # "image 10" sorts before "image 2"
     for draw in (bootstrap_weights, swaps):
-        together = draw("x", 12, drawn_together(clean, corruptions))
-        np.testing.assert_array_equal(
-            draw("x", 60, drawn_together(corrupted, corruptions)), np.tile(together, 5)
-        )
-    assert drawn_together(clean, main) is None
+        for groups in (None, np.array(list("cabbacdacbad"))):
+            of_made = np.tile(ids if groups is None else groups, 5)
+            np.testing.assert_array_equal(draw("x", 60, of_made), np.tile(draw("x", 12, groups), 5))
+
+
+def test_what_a_corruption_takes_is_measured_on_the_images_that_are_drawn():
+    from sklearn.metrics import balanced_accuracy_score
+
+    labels, ids = np.arange(40) % 5, np.array([f"image {i}" for i in range(40)])
+    found, truth = {"x": {}, "x+blur": {}}, {}
+    weights = bootstrap_weights("x", 40)
+    for number, method in enumerate(("tsm", "vanilla")):
+        clean, made = answers(number, labels), answers(10 + number, np.tile(labels, 5))
+        found["x"][method] = _Cell([], {}, [clean], [], stats.resampled([clean], weights))
+        drawn = stats.resampled([made], bootstrap_weights("x", 200, np.tile(ids, 5)))
+        found["x+blur"][method] = _Cell([], {}, [made], [], drawn)
+        truth[method] = clean, made
+    _resample_lost(found, corruptions)
+
+    def accuracy(one, rows):
+        return balanced_accuracy_score(one.labels[rows], one.predicted[rows])
+
+    clean, made = truth["tsm"]
+    for k in range(20):
+        rows = np.repeat(np.arange(40), weights[k])
+        versions = np.concatenate([rows + 40 * severity for severity in range(5)])
+        lost = accuracy(clean, rows) - accuracy(made, versions)
+        assert found["x+blur"]["tsm"].resampled["lost"][k] == pytest.approx(lost)
+    assert "lost" not in found["x"]["tsm"].resampled
 
 
 def test_referable_auc_is_the_auc_of_the_two_sides():
