@@ -49,7 +49,7 @@ def run(
     data: Annotated[str, typer.Option(help="phantom | medmnist")] = "phantom",
     data_root: Roots = None,
     datasets: Annotated[str, typer.Option(help="a,b,...; default: the recipe's own.")] = "",
-    seeds: Annotated[str, typer.Option(help="0,1,...")] = "0",
+    seeds: Annotated[str, typer.Option(help="0,1,...; default: the recipe's own.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="At most N images a part.")] = None,
     out: Out = Path("leaderboards"),
     resume: Annotated[
@@ -105,7 +105,7 @@ def run(
         allow_unverified=split_names(allow_unverified),
         limit=limit,
         out=out,
-        seeds=_seeds(seeds),
+        seeds=_seeds(seeds) if seeds else (),
     )
     failed = _run(wanted, plan, resume=resume, fresh=fresh, leave_out=all_suites)
     for name, error in failed.items():
@@ -163,7 +163,7 @@ def _run(
     if not jobs:
         return failed
     cache: dict[Any, Any] = {}  # what suites compute in common
-    units = sum(job.units for job in jobs) * len(plan.seeds)
+    units = sum(job.units * len(job.plan.seeds) for job in jobs)
     for name, why in failed.items():
         typer.echo(f"{name} cannot run: {why}", err=True)
     with runs.locked(plan.folder), Progress(units) as progress:

@@ -28,7 +28,7 @@ class Plan:
     allow_unverified: tuple[str, ...] = ()
     limit: int | None = None
     out: Path = Path("leaderboards")
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = ()  # none: the recipe's own
 
     @property
     def folder(self) -> Path:
@@ -122,12 +122,18 @@ class Job:
 
 
 def sized(plan: Plan, module: Suite) -> Plan:
-    """The plan at a suite's size; datasets that were chosen by hand stay."""
+    """The plan at a suite's size; datasets and seeds that were chosen by hand stay."""
+    source = plan.source
     if not getattr(module, "STUDY", False):
-        return plan
-    recipe = plan.recipe.study(plan.source)
-    chosen = set(plan.names) != set(plan.recipe.datasets(plan.source))
-    own = replace(plan, recipe=recipe, names=plan.names if chosen else recipe.datasets(plan.source))
+        return replace(plan, seeds=plan.seeds or plan.recipe.seeds(source))
+    recipe = plan.recipe.study(source)
+    chosen = set(plan.names) != set(plan.recipe.datasets(source))
+    own = replace(
+        plan,
+        recipe=recipe,
+        names=plan.names if chosen else recipe.datasets(source),
+        seeds=plan.seeds or recipe.seeds(source),
+    )
     if not hasattr(module, "trained_on"):
         return own
     names = module.trained_on(own.names, plan.names)
@@ -161,4 +167,5 @@ def plan_of(
         allow_unverified=tuple(allow_unverified),
         limit=record.plan["limit"],
         out=folder.parent,
+        seeds=(record.seed,),
     )

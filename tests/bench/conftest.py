@@ -91,4 +91,5 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.setitem(RECIPES, "tiny", recipe)
     monkeypatch.setattr(sys, "argv", ["bench", "run", "cheap", "--recipe", "tiny"])
     names = recipe.phantom_datasets
-    return Plan(recipe=recipe, source="phantom", names=names, out=tmp_path / "out")
+    out = tmp_path / "out"
+    return Plan(recipe=recipe, source="phantom", names=names, out=out, seeds=(0,))
