@@ -1,4 +1,4 @@
-"""Losses of VITask over the language model's head, fused. Imports torch and triton only."""
+"""Losses of VITask over the language model's head, fused. Imports torch, triton, jaxtyping only."""
 
 from kernels.linear import (
     VITaskLosses,

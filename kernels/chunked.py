@@ -5,6 +5,7 @@ logits that stays in a core's cache, in place wherever it can be. As the head ha
 logits d = a - n are those of the rows h_a - h_n: computed in float32, n itself is not needed.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kernels.problem import Problem, RowResult, Wanted, counted
 
-LOGIT_BYTES = 64 * 2**20  # at most, of all branches of a chunk together
+LOGIT_BYTES = 64 * 2**20  # of all branches of a chunk together, unless MIN_ROWS need more
 MIN_ROWS = 32  # per branch; fewer would spend the time on reading the head
 BLOCK_BYTES = 4 * 2**20  # of one branch's logits in a pass; a few of them fit into the last cache
 TILE_BYTES = 2 * 2**20  # of the head in one product: more would be read from memory again and again
@@ -44,8 +45,8 @@ def chunked_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None = No
 def _counted_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None) -> RowResult:
     """`chunked_rows` where no row is ignored."""
     rows, negatives = len(problem.hidden), len(problem.negative)
-    dtype, vocab = problem.dtype, len(problem.weight)
-    weight = problem.weight.to(dtype)
+    dtype, weight = problem.dtype, problem.weight
+    vocab = len(weight)
     losses = torch.zeros(4, rows, dtype=dtype)
     hidden_gradient = weight_gradient = None
     if wanted.hidden or wanted.exemplar:
@@ -55,10 +56,8 @@ def _counted_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None) ->
         weight_gradient = torch.zeros(weight.shape, dtype=dtype)
 
     branches = 1 + bool(negatives) + bool(len(problem.exemplar))
-    size = max(MIN_ROWS, LOGIT_BYTES // (branches * vocab * dtype.itemsize))
-    parts = max(1, -(-rows // size))  # of one size: each reads the whole head
-    size = max(1, -(-rows // parts))
-    buffer = torch.empty(branches * size, vocab, dtype=dtype)
+    size = chunk_rows(rows, branches * vocab * dtype.itemsize)
+    buffer = torch.empty(branches * min(size, rows), vocab, dtype=dtype)
     for start in range(0, rows, size):
         chunk = slice(start, min(start + size, rows))
         negative = _own(problem.negative_of[chunk], negatives)
@@ -74,7 +73,7 @@ def _counted_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None) ->
         labels = problem.labels[chunk]
         losses[:, chunk] = _chunk(logits, problem, wanted, labels, negative.at, exemplar.at)
         if hidden_gradient is not None:
-            of_inputs = logits[: None if wanted.exemplar else split] @ weight
+            of_inputs = back(logits[: None if wanted.exemplar else split], weight)
             of_base = hidden_gradient[chunk]
             of_base.copy_(of_inputs[: len(base)])
             if negatives:
@@ -92,16 +91,43 @@ def _counted_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None) ->
     return RowResult(losses, hidden_gradient, weight_gradient)
 
 
+def chunk_rows(rows: int, row_bytes: int) -> int:
+    """Base rows of a chunk: as many as LOGIT_BYTES hold, but MIN_ROWS at least, and chunks of one
+    size, for each of them reads the whole head. row_bytes: of one row's logits in all branches."""
+    most = max(MIN_ROWS, LOGIT_BYTES // row_bytes)
+    chunks = max(1, -(-rows // most))
+    return max(MIN_ROWS, -(-rows // chunks))
+
+
 def project(inputs: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
     """`logits` (rows, vocab) = inputs (rows, hidden) weightᵀ, a tile of the head at a time.
 
     One product with the whole head takes up to half as long again: the library packs all of it.
     """
-    size = max(1, TILE_BYTES // (weight.shape[1] * weight.itemsize))
+    for tile, part in _tiles(weight, logits.dtype):
+        torch.mm(inputs, part.T, out=logits[:, tile])
+    return logits
+
+
+def back(gradient: Tensor, weight: Tensor) -> Tensor:
+    """gradient (rows, vocab) weight: (rows, hidden), in the gradient's dtype.
+
+    A head of 16 bits is widened a tile at a time: as a whole it would be twice its own size.
+    """
+    if weight.dtype == gradient.dtype:
+        return gradient @ weight
+    total = gradient.new_zeros(len(gradient), weight.shape[1])
+    for tile, part in _tiles(weight, gradient.dtype):
+        total.addmm_(gradient[:, tile], part)
+    return total
+
+
+def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows of the head, and these in the dtype that is computed in."""
+    size = max(1, TILE_BYTES // max(1, weight.shape[1] * dtype.itemsize))
     for start in range(0, len(weight), size):
         tile = slice(start, start + size)
-        torch.mm(inputs, weight[tile].T, out=logits[:, tile])
-    return logits
+        yield tile, weight[tile].to(dtype)
 
 
 class _Own(NamedTuple):

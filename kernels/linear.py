@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.joint import joint_loss
-from kernels.problem import check_values, counted
+from kernels.problem import all_owned, check_values, counted, slots
 from kernels.reference import Reduction
 
 Implementation = Literal["reference", "cpu", "triton"]
@@ -128,7 +128,8 @@ def linear_vitask(
 
     implementation: "reference" (plain PyTorch, whole logits), "cpu" (chunks of rows), "triton";
     None chooses by device. Raises ValueError for inputs that do not fit each other; values on
-    CUDA are not looked at: a wrong label or row number gives NaN there, and reads nothing outside.
+    CUDA are not looked at (nor by "reference" in compiled graphs): there a wrong label or row
+    number gives NaN and reads nothing outside.
     """
     return _losses(
         hidden, weight, labels, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows,
@@ -172,7 +173,7 @@ def _losses(
         grad and exemplar_hidden.requires_grad and (weights[1] != 0 or not detach_exemplar),
         grad and weight.requires_grad,
     )
-    total, parts, _, _ = joint_loss(
+    total, parts = joint_loss(
         hidden, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows, weight, labels,
         weights, detach_exemplar, reduction == "mean", wanted, chosen,
     )  # fmt: skip
@@ -198,27 +199,35 @@ def _reference(
         x = x.where(counted(labels)[:, None], 0)  # a NaN of an ignored row must not reach the head
         return x.to(dtype) @ weight.to(dtype).T
 
-    def on_all_rows(values: Tensor, rows: Tensor | None) -> Tensor:
-        if reduction == "mean" or rows is None:
-            return values
-        return values.new_zeros(len(hidden)).index_add(0, rows, values)
+    def owners(rows: Tensor | None, branch: Tensor) -> tuple[Tensor | slice, Tensor]:
+        """Base rows of a branch's rows; 0, or NaN if some name nothing and nobody could look."""
+        if rows is None:
+            return slice(None), hidden.new_zeros((), dtype=dtype)
+        owned = all_owned(slots(rows, len(branch), hidden), len(branch))
+        wrong = torch.where(owned, 0.0, torch.nan).to(dtype)
+        return rows.clamp(0, max(len(hidden) - 1, 0)), wrong
+
+    def on_all_rows(values: Tensor, own: Tensor | slice, wrong: Tensor) -> Tensor:
+        if reduction == "none" and isinstance(own, Tensor):
+            values = values.new_zeros(len(hidden)).index_add(0, own, values)
+        return values + wrong
 
     logits = logits_of(hidden, labels)
     response = reference.response_loss(logits, labels, reduction=reduction)
     exemplar = rda = crt = torch.zeros_like(response)
     if len(exemplar_hidden):
-        own = slice(None) if exemplar_rows is None else exemplar_rows
+        own, wrong = owners(exemplar_rows, exemplar_hidden)
         teacher = logits_of(exemplar_hidden, labels[own])
         alone = reference.response_loss(teacher, labels[own], reduction=reduction)
         kl = reference.rda_loss(
             logits[own], teacher, labels[own], detach_exemplar=detach_exemplar, reduction=reduction
         )
-        exemplar, rda = on_all_rows(alone, exemplar_rows), on_all_rows(kl, exemplar_rows)
+        exemplar, rda = (on_all_rows(values, own, wrong) for values in (alone, kl))
     if len(negative_hidden):
-        own = slice(None) if negative_rows is None else negative_rows
-        wrong = logits_of(negative_hidden, labels[own])
-        contrast = reference.crt_loss(logits[own], wrong, labels[own], reduction=reduction)
-        crt = on_all_rows(contrast, negative_rows)
+        own, wrong = owners(negative_rows, negative_hidden)
+        negative = logits_of(negative_hidden, labels[own])
+        contrast = reference.crt_loss(logits[own], negative, labels[own], reduction=reduction)
+        crt = on_all_rows(contrast, own, wrong)
     parts = (response, exemplar, rda, crt)
     total = sum(w * part for w, part in zip(weights, parts, strict=True) if w)
     return VITaskLosses(total, *(part.detach() for part in parts))

@@ -99,6 +99,18 @@ def slots(rows: Tensor | None, count: int, hidden: Tensor) -> Tensor:
     return inverse.scatter_reduce(0, target, number, "amax")[:of]
 
 
+def spread(values: Tensor, slot_of: Tensor, count: int) -> Tensor:
+    """Values (rows,) of base rows, for the `count` rows of a branch; 0 for rows without owner."""
+    target = slot_of.where(slot_of >= 0, count)  # rows without the branch share a slot, cut off
+    return values.new_zeros(count + 1).scatter_(0, target, values)[:count]
+
+
+def all_owned(slot_of: Tensor, count: int) -> Tensor:
+    """() bool: whether each of the `count` rows of a branch is some base row's own. One is not if
+    its number lies outside, or was given twice."""
+    return spread(torch.ones_like(slot_of, dtype=torch.bool), slot_of, count).all()
+
+
 def counted(labels: Tensor) -> Tensor:
     """(rows,) bool: the rows that are part of a loss."""
     return labels != IGNORE_INDEX

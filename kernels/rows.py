@@ -8,21 +8,22 @@ product brings them back to hidden rows. Formulas: `kernels/problem.py`.
 Where rows are fewer than multiprocessors, several programs share the vocabulary of a row.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.problem import Problem, RowResult, Wanted
+from kernels.problem import PARTS, Problem, RowResult, Wanted, all_owned, counted, spread
 from kernels.reference import IGNORE_INDEX
 
 BLOCK = 2048  # columns a step: 8 per thread and branch, which leaves no register spilled
 WARPS = 8
 ALIGN = 64  # elements; a row of odd length would leave the fast paths of the products
-FLOAT16_EXPONENT = 10  # of the largest scaled factor: 2^6 below overflow, 2^24 above underflow
-STATISTICS = 7  # per row: max and sum of a, of b and of d, and Σ e^(a - max)(a - b)
+FLOAT16_EXPONENT = 15  # scaled gradients of logits stay below 2^15, half of what overflows
+STATISTICS = 8  # per row: max and sum of a, of b and of d, Σ e^(a - max)(a - b), max |a - b|
 
 # Multiplications and additions are not contracted: the default differs between Triton versions.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -41,6 +42,7 @@ def statistics_kernel(
     stride,  # of logits, a multiple of ALIGN
     IGNORE: tl.constexpr,
     STATISTICS: tl.constexpr,
+    REACH: tl.constexpr,  # whether max |a - b| is wanted
     BLOCK: tl.constexpr,
 ):
     """Online statistics of one row over one share of the vocabulary."""
@@ -70,6 +72,7 @@ def statistics_kernel(
     sum_b = 0.0
     sum_d = 0.0
     sum_delta = 0.0
+    reach = 0.0
     for start in range(split * share, stop, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocab
@@ -77,6 +80,8 @@ def statistics_kernel(
         n = tl.where(inside, tl.load(n_row + columns, mask=columns < n_stop, other=0.0), 0.0)
         b = tl.where(inside, tl.load(b_row + columns, mask=columns < b_stop, other=0.0), 0.0)
         delta = a - b
+        if REACH:
+            reach = tl.maximum(reach, tl.max(tl.abs(delta), 0))  # 0 in the padding
         d = tl.where(inside, a - n, -1.0e30)
         a = tl.where(inside, a, -1.0e30)
         b = tl.where(inside, b, -1.0e30)
@@ -102,6 +107,8 @@ def statistics_kernel(
     tl.store(out + 4, sum_b)
     tl.store(out + 5, max_d)
     tl.store(out + 6, sum_d)
+    if REACH:
+        tl.store(out + 7, reach)
 
 
 @triton.jit(do_not_specialize=["rows", "negatives"])  # a kernel for each number of rows is slow
@@ -246,13 +253,17 @@ def triton_rows(
     logits = torch.empty(len(inputs), stride, **float32)
     losses = torch.zeros(4, rows, **float32)
     splits = splits or _splits(rows, hidden.device)
-    with_exemplar = wanted.exemplar or wanted.weight
     gradient = _gradient_memory(logits, weight.dtype, in_place=splits == 1) if any(wanted) else None
-    scale = _gradient_scale(problem.factors, weight.dtype)
+    scales: list[Tensor] = []  # of the logits' gradients, undone after the products
     if rows:
         _product(inputs, weight.T, logits[:, :vocab])
-        factors = problem.factors if scale is None else problem.factors * scale
-        _launch(problem, logits, gradient, losses, factors, splits, with_exemplar=with_exemplar)
+        float16 = weight.dtype == torch.float16
+        partial = _statistics(problem, logits, splits, reach=float16)
+        if float16:
+            scales.append(_gradient_scale(problem, partial))
+            problem = problem._replace(factors=problem.factors * scales[0])
+        with_exemplar = wanted.exemplar or wanted.weight
+        _gradients(problem, logits, gradient, losses, partial, with_exemplar=with_exemplar)
 
     # A row that no base row owns (its number outside, or given twice) is a mistake that cannot be
     # raised without stalling the stream: its loss is NaN.
@@ -261,62 +272,78 @@ def triton_rows(
         (2, problem.exemplar_of, problem.exemplar),
         (3, problem.negative_of, problem.negative),
     ):
-        owned = _spread(torch.ones_like(slot_of, dtype=torch.bool), slot_of, len(branch))
-        losses[part] += torch.where(owned.all(), 0.0, float("nan"))
+        losses[part] += torch.where(all_owned(slot_of, len(branch)), 0.0, float("nan"))
     of_hidden = of_weight = None
     if gradient is not None:
         gradient = gradient[:, :vocab]
-        labels = problem.labels
         # Unused rows have gradient 0, and are masked since 0 times a NaN would be NaN. A row
         # without owner, whose loss is NaN, has none: the head's gradient is then worthless too.
+        labels = problem.labels
         unused = ~_of_all((labels >= 0) & (labels < vocab), problem)[:, None]
         if wanted.hidden or wanted.exemplar:
             kept = len(inputs) if wanted.exemplar else rows + negatives
             of_hidden = torch.empty(kept, hidden.shape[1], **float32)
             _product(gradient[:kept], weight, of_hidden)
-            of_hidden.masked_fill_(unused[:kept], 0)
-            if scale is not None:
-                of_hidden.div_(scale)
+            _unscale(of_hidden.masked_fill_(unused[:kept], 0), scales)
         if wanted.weight:
             if row_scale is not None:
-                inputs = (inputs * _of_all(row_scale, problem)[:, None]).to(weight.dtype)
+                # Scaled to at most 1, for a mean over many rows would underflow in float16.
+                largest = torch.cat([row_scale, row_scale.new_zeros(1)]).abs().amax()
+                scales.append(_power_of_two(largest, 0))
+                own = _of_all(row_scale * scales[-1], problem)
+                inputs = (inputs * own[:, None]).to(weight.dtype)
             of_weight = torch.empty(weight.shape, **float32)
             _product(gradient.T, inputs.masked_fill(unused, 0), of_weight)
-            if scale is not None:
-                of_weight.div_(scale)
+            _unscale(of_weight, scales)
     return RowResult(losses, of_hidden, of_weight)
 
 
-def _launch(
+def _statistics(problem: Problem, logits: Tensor, splits: int, *, reach: bool) -> Tensor:
+    """(rows, splits, STATISTICS), each share of the vocabulary's; nothing for ignored rows."""
+    rows, negatives, vocab = len(problem.hidden), len(problem.negative), len(problem.weight)
+    partial = logits.new_empty(rows, splits, STATISTICS)
+    with _on(logits):
+        statistics_kernel[rows, splits](
+            logits, *_own(problem), partial, rows, negatives, vocab, logits.stride(0),
+            IGNORE=IGNORE_INDEX, STATISTICS=STATISTICS, REACH=reach, BLOCK=_block(logits),
+            **OPTIONS,
+        )  # fmt: skip
+    return partial
+
+
+def _gradients(
     problem: Problem,
     logits: Tensor,
     gradient: Tensor | None,
     losses: Tensor,
-    factors: Tensor,
-    splits: int,
+    partial: Tensor,
     *,
     with_exemplar: bool,
 ) -> None:
-    """Both kernels: statistics, then losses and gradients."""
+    """Fill the losses and, where there is memory for them, the gradients of the logits."""
     rows, negatives, vocab = len(problem.hidden), len(problem.negative), len(problem.weight)
-    partial = logits.new_empty(rows, splits, STATISTICS)
-    sizes = (rows, negatives, vocab, logits.stride(0))
-    block = min(BLOCK, triton.next_power_of_2(logits.stride(0)))
-    own = (problem.labels.contiguous(), problem.negative_of, problem.exemplar_of)
-    grid = (rows, splits)
-    out = logits if gradient is None else gradient
-    # Triton launches on the current device, whichever tensors it is given.
-    with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
-        statistics_kernel[grid](
-            logits, *own, partial, *sizes,
-            IGNORE=IGNORE_INDEX, STATISTICS=STATISTICS, BLOCK=block, **OPTIONS,
-        )  # fmt: skip
-        gradient_kernel[grid](
-            logits, out, *own, partial, factors, losses, *sizes, out.stride(0),
+    splits, out = partial.shape[1], logits if gradient is None else gradient
+    with _on(logits):
+        gradient_kernel[rows, splits](
+            logits, out, *_own(problem), partial, problem.factors, losses, rows, negatives,
+            vocab, logits.stride(0), out.stride(0),
             IGNORE=IGNORE_INDEX, STATISTICS=STATISTICS, SPLITS=splits,
             GRADIENT=gradient is not None, EXEMPLAR_GRADIENT=with_exemplar,
-            DETACH=problem.detach_exemplar, BLOCK=block, **OPTIONS,
+            DETACH=problem.detach_exemplar, BLOCK=_block(logits), **OPTIONS,
         )  # fmt: skip
+
+
+def _own(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    return problem.labels.contiguous(), problem.negative_of, problem.exemplar_of
+
+
+def _block(logits: Tensor) -> int:
+    return min(BLOCK, triton.next_power_of_2(logits.stride(0)))
+
+
+def _on(logits: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whichever tensors it is given."""
+    return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
 
 
 def _splits(rows: int, device: torch.device) -> int:
@@ -332,13 +359,27 @@ def _gradient_memory(logits: Tensor, dtype: torch.dtype, *, in_place: bool) -> T
     return logits.view(dtype) if in_place else torch.empty_like(logits, dtype=dtype)
 
 
-def _gradient_scale(factors: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """() power of two that the logits' gradients are multiplied by while float16 holds them:
-    those of a large vocabulary would underflow. None for other dtypes."""
-    if dtype != torch.float16:
-        return None
-    _, exponent = torch.frexp(factors.abs().amax())
-    return torch.ldexp(factors.new_ones(()), FLOAT16_EXPONENT - exponent)
+def _gradient_scale(problem: Problem, partial: Tensor) -> Tensor:
+    """() power of two that the logits' gradients are multiplied by while float16 holds them.
+
+    Those of a large vocabulary would underflow, those of far apart branches overflow:
+    |da| <= f_v + f_c + f_k p |δ - E_p[δ]|, and no δ is further from the mean than 2 max |δ|.
+    """
+    f = problem.factors.abs()
+    used = counted(problem.labels) & (problem.exemplar_of >= 0)
+    reach = partial[:, :, STATISTICS - 1].amax(dim=1).where(used, 0).amax()
+    return _power_of_two(f.sum() + 2 * f[PARTS.index("rda")] * reach, FLOAT16_EXPONENT)
+
+
+def _power_of_two(largest: Tensor, exponent: int) -> Tensor:
+    """() by which `largest` has to be multiplied to lie below 2^exponent, and above half of it."""
+    _, own = torch.frexp(largest)
+    return torch.ldexp(torch.ones_like(largest), exponent - own)
+
+
+def _unscale(gradient: Tensor, scales: Iterable[Tensor]) -> None:
+    for scale in scales:
+        gradient.div_(scale)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -351,18 +392,12 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.mm(left.float(), right.float(), out=out)
 
 
-def _spread(values: Tensor, slot_of: Tensor, count: int) -> Tensor:
-    """Values (rows,) of base rows, for the `count` rows of a branch; 0 for rows without owner."""
-    target = slot_of.where(slot_of >= 0, count)  # rows without the branch share a slot, cut off
-    return values.new_zeros(count + 1).scatter_(0, target, values)[:count]
-
-
 def _of_all(values: Tensor, problem: Problem) -> Tensor:
     """Values (rows,) of base rows, for the rows of all branches as they are stacked."""
     return torch.cat(
         [
             values,
-            _spread(values, problem.negative_of, len(problem.negative)),
-            _spread(values, problem.exemplar_of, len(problem.exemplar)),
+            spread(values, problem.negative_of, len(problem.negative)),
+            spread(values, problem.exemplar_of, len(problem.exemplar)),
         ]
     )

@@ -1,5 +1,7 @@
 """Compiles the row kernels for devices that need not be there; prints registers and spills.
 
+With the argument "oversized" it compiles one that has to spill, which shows that spills are seen.
+
 A program of its own: a process in which Triton interprets cannot compile.
 """
 
@@ -7,6 +9,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 
 import triton
@@ -30,7 +33,12 @@ FIXED = {"IGNORE": IGNORE_INDEX, "STATISTICS": rows.STATISTICS, "BLOCK": rows.BL
 
 def sources() -> dict[str, ASTSource]:
     """Both kernels, the second in all the forms that a training step may ask for."""
-    found = {"statistics": source(rows.statistics_kernel, {}, "fp32")}
+    found = {
+        "statistics" + (" with reach" if reach else ""): source(
+            rows.statistics_kernel, {"REACH": reach}, "fp32"
+        )
+        for reach in (False, True)
+    }
     forms = itertools.product(["fp32", "bf16", "fp16"], [1, 16], [True, False])
     for dtype, splits, detach in forms:
         form = {"SPLITS": splits, "GRADIENT": True, "EXEMPLAR_GRADIENT": True, "DETACH": detach}
@@ -41,6 +49,12 @@ def sources() -> dict[str, ASTSource]:
         kernel = source(rows.gradient_kernel, form, "bf16")
         found["gradient bf16 4 " + ("without exemplar's" if gradient else "losses alone")] = kernel
     return found
+
+
+def oversized() -> dict[str, ASTSource]:
+    """A block far too large for the registers of its threads."""
+    form = {"REACH": False, "BLOCK": 32 * rows.BLOCK}
+    return {"statistics": source(rows.statistics_kernel, form, "fp32")}
 
 
 def source(kernel: triton.JITFunction, form: dict[str, object], dtype: str) -> ASTSource:
@@ -71,15 +85,23 @@ def usage(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
     }
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
-        names = {"registers": r"\.vgpr_count:\s*(\d+)", "spilled": r"\.vgpr_spill_count:\s*(\d+)"}
+        # To memory; a scalar register that is spilled goes into a lane of a vector register.
+        spilled = r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)"
+        registers = r"\.vgpr_count:\s*(\d+)"
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
             command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        names = {"registers": r"REG:(\d+)", "spilled": r"LOCAL:(\d+)"}  # local memory, in bytes
-    return vectors | {name: int(re.search(pattern, text)[1]) for name, pattern in names.items()}
+        # Bytes a thread: what a function spills lies in its stack frame, LOCAL is beside it.
+        spilled, registers = r"(?:STACK|LOCAL):(\d+)", r"REG:(\d+)"
+    found = re.findall(spilled, text)
+    assert len(found) == 2, text
+    return vectors | {
+        "registers": int(re.search(registers, text)[1]),
+        "spilled": sum(map(int, found)),
+    }
 
 
 if __name__ == "__main__":
@@ -88,7 +110,7 @@ if __name__ == "__main__":
             {
                 target: {
                     name: usage(triton.compile(made, target=device, options=rows.OPTIONS))
-                    for name, made in sources().items()
+                    for name, made in (oversized if "oversized" in sys.argv else sources)().items()
                 }
                 for target, device in TARGETS.items()
             }

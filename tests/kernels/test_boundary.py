@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import linear_cross_entropy, linear_vitask
+from kernels import chunked, linear_cross_entropy, linear_vitask
+from kernels.chunked import chunk_rows
 from tests.kernels.cases import draw
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +29,7 @@ fused = pytest.mark.parametrize("implementation", FUSED)
 @fused
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_operation_keeps_the_rules_of_custom_operations(implementation, reduction):
-    from kernels.joint import joint_loss
+    from kernels.joint import joint_loss_op
 
     case = draw(5, 20, 4, negatives=0.6, reduction=reduction).to(DEVICE)
     leaves = {
@@ -33,7 +37,7 @@ def test_operation_keeps_the_rules_of_custom_operations(implementation, reductio
         for name in ("hidden", "exemplar", "negative", "weight")
     }
     torch.library.opcheck(
-        joint_loss,
+        joint_loss_op,
         (
             leaves["hidden"], leaves["exemplar"], case.exemplar_rows, leaves["negative"],
             case.negative_rows, leaves["weight"], case.labels, (1.0, 1.0, 0.7, 1.3), True,
@@ -46,7 +50,7 @@ def test_operation_keeps_the_rules_of_custom_operations(implementation, reductio
 @fused
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_backward_operation_keeps_the_rules_too(implementation, reduction):
-    from kernels.joint import joint_loss, joint_loss_backward
+    from kernels.joint import joint_loss_backward_op, joint_loss_op
 
     case = draw(5, 20, 4, negatives=0.6, reduction=reduction).to(DEVICE)
     weight = case.weight.t().contiguous().t()  # of other strides than its gradient's
@@ -55,9 +59,9 @@ def test_backward_operation_keeps_the_rules_too(implementation, reduction):
         weight, case.labels,
     )  # fmt: skip
     settings = ((1.0, 1.0, 0.7, 1.3), True, reduction == "mean", (True, True, True), implementation)
-    _, _, of_rows, of_head = joint_loss(*inputs, *settings)
+    _, _, of_rows, of_head = joint_loss_op(*inputs, *settings)
     torch.library.opcheck(
-        joint_loss_backward, (case.above, of_rows, of_head, *inputs, *settings),
+        joint_loss_backward_op, (case.above, of_rows, of_head, *inputs, *settings),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 
@@ -243,13 +247,13 @@ def test_triton_refuses_float64():
 
 def test_row_kernels_answer_wrong_labels_and_rows_with_nan_and_stay_inside():
     """As on CUDA, where looking at values would stall: the checks are left out here."""
-    from kernels.joint import joint_loss
+    from kernels.joint import joint_loss_op
 
     case = draw(4, 30, 5, ignored=0.0, negatives=0.5).to(DEVICE)
     right = case.labels.clone()
 
     def losses(labels, negative_rows):
-        return joint_loss(
+        return joint_loss_op(
             case.hidden, case.exemplar, None, case.negative, negative_rows, case.weight, labels,
             (1.0, 1.0, 1.0, 1.0), True, False, (True, True, True), "triton",
         )  # fmt: skip
@@ -275,29 +279,52 @@ def test_row_kernels_answer_wrong_labels_and_rows_with_nan_and_stay_inside():
 
 
 @pytest.mark.skipif(CUDA, reason="the CPU path")
+@given(st.integers(1, 4096), st.integers(2, 200_000), st.integers(1, 3), st.sampled_from([4, 8]))
+def test_chunks_have_32_rows_or_hold_at_most_64_mib_of_logits(rows, vocab, branches, itemsize):
+    row_bytes = branches * vocab * itemsize
+    size = chunk_rows(rows, row_bytes)
+    assert size >= 32
+    assert size == 32 or size * row_bytes <= 64 * 2**20
+    assert -(-rows // size) <= -(-rows // max(32, 64 * 2**20 // row_bytes))  # heads are read
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and function not in (torch.ops.aten.detach.default,):
+            inputs = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+            if result.untyped_storage().data_ptr() not in inputs:
+                self.bytes = max(self.bytes, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.skipif(CUDA, reason="the CPU path")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_head_of_16_bits_is_never_widened_as_a_whole(dtype):
+    vocab, width = 4000, 2048
+    case = draw(32, vocab, width, dtype=dtype, ignored=0.0)
+    hidden = case.hidden.requires_grad_()
+    with Largest() as seen:
+        linear_vitask(
+            hidden, case.weight, case.labels, exemplar_hidden=case.exemplar,
+            negative_hidden=case.negative,
+        ).total.backward()  # fmt: skip
+    assert seen.bytes < vocab * width * 4 / 4
+
+
+@pytest.mark.skipif(CUDA, reason="the CPU path")
 def test_chunked_path_never_holds_all_logits(monkeypatch):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    from kernels import chunked
-    from kernels.joint import _problem
-    from kernels.problem import Wanted
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                self.elements = max(self.elements, result.untyped_storage().nbytes() // 4)
-            return result
-
     rows, vocab = 400, 5000
     monkeypatch.setattr(chunked, "LOGIT_BYTES", 3 * 40 * vocab * 4)  # 40 rows of three branches
     case = draw(rows, vocab, 8, ignored=0.0)
-    problem = _problem(
-        case.hidden, case.exemplar, None, case.negative, None, case.weight, case.labels,
-        (1.0, 1.0, 1.0, 1.0), True,
-    )  # fmt: skip
+    hidden = case.hidden.requires_grad_()
     with Largest() as seen:
-        chunked.chunked_rows(problem, Wanted(hidden=True, exemplar=True, weight=False))
-    assert seen.elements <= 3 * 40 * vocab
+        linear_vitask(
+            hidden, case.weight, case.labels, exemplar_hidden=case.exemplar,
+            negative_hidden=case.negative,
+        ).total.backward()  # fmt: skip
+    assert 0 < seen.bytes <= 3 * 40 * vocab * 4

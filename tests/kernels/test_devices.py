@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels import linear_vitask
-from tests.kernels.cases import assert_as_good_as_torch, draw
+from tests.kernels.cases import assert_as_good_as_torch, draw, measure
 
 ROOT = Path(__file__).parents[2]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -18,23 +18,41 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 SHAPES = pytest.mark.parametrize("shape", [(2048, 92_553), (896, 151_674)], ids=["2B", "1B"])
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[str, dict[str, dict[str, int]]]:
+TARGETS = pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+Usage = dict[str, dict[str, dict[str, int]]]
+
+
+def compile_all(cache: Path, *arguments: str) -> Usage:
     """Of every target and kernel: registers and what was spilled."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    environment |= {"TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.kernels.compiled"],
+        [sys.executable, "-W", "error", "-m", "tests.kernels.compiled", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Usage:
+    return compile_all(tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="module")
+def oversized(tmp_path_factory) -> Usage:
+    return compile_all(tmp_path_factory.mktemp("triton"), "oversized")
+
+
+@TARGETS
+def test_spilled_registers_are_seen(target, oversized):
+    assert oversized[target]["statistics"]["spilled"] > 0
+
+
+@TARGETS
 def test_kernels_compile_without_spilling_registers(target, compiled):
     usage = compiled[target]
-    assert len(usage) == 15
+    assert len(usage) == 16
     assert {name: u for name, u in usage.items() if u["spilled"]} == {}
     assert all(u["registers"] > 0 for u in usage.values())
 
@@ -91,17 +109,30 @@ def test_graph_capture_replays_a_step(shape):
 
 
 @needs_cuda
-def test_step_does_not_wait_for_the_device():
-    case = draw(64, 1000, 32, dtype=torch.bfloat16, negatives=0.5).to("cuda")
-    hidden = case.hidden.requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trained_head", [False, True], ids=["frozen head", "trained head"])
+def test_step_does_not_wait_for_the_device(dtype, reduction, trained_head):
+    case = draw(64, 1000, 32, dtype=dtype, negatives=0.5).to("cuda")
+    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_(trained_head)
+    above = torch.ones((64,) if reduction == "none" else (), device="cuda")
     try:
         torch.cuda.set_sync_debug_mode("error")
         linear_vitask(
-            hidden, case.weight, case.labels, exemplar_hidden=case.exemplar,
+            hidden, weight, case.labels, exemplar_hidden=case.exemplar, reduction=reduction,
             negative_hidden=case.negative, negative_rows=case.negative_rows,
-        ).total.backward()  # fmt: skip
+        ).total.backward(above)  # fmt: skip
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.parametrize("rows", [64, 512])  # programs that share a row's vocabulary, and one a row
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_run_gives_the_same_bits_at_a_whole_vocabulary(rows, reduction):
+    case = draw(rows, 92_553, 64, dtype=torch.bfloat16, negatives=0.5, reduction=reduction)
+    first, second = (measure(case.to("cuda"), None).values for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @needs_cuda

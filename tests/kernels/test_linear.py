@@ -83,6 +83,36 @@ def test_errors_are_at_most_twice_torchs_with_many_rows(implementation):
 
 
 @every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gap", [30.0, 300.0, 3000.0, 20_000.0])
+def test_gradients_of_branches_far_apart_do_not_overflow(implementation, dtype, gap):
+    hidden = torch.tensor([[30.0, 30, 0, 0], [1, 2, 3, 4]], dtype=dtype, device=DEVICE)
+    teacher = torch.tensor([[gap, -gap, 0, 0], [1, 2, 3, 5]], dtype=dtype, device=DEVICE)
+    head, labels = torch.eye(4, dtype=dtype, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+    student = hidden.requires_grad_()
+    linear_rda(student, teacher, head, labels, implementation=implementation).backward()
+    exact = hidden.detach().double().requires_grad_()
+    rda_loss(exact, teacher.double(), labels).backward()
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=2e-2, atol=1e-3)
+
+
+@every
+@pytest.mark.parametrize("above", [1.0, 1e-3, 1e-5])
+def test_gradient_of_a_float16_head_keeps_its_bits_under_small_row_weights(implementation, above):
+    case = draw(40, 50, 16, dtype=torch.float16, ignored=0.0).to(DEVICE)
+    weight = case.weight.requires_grad_()
+    linear_cross_entropy(
+        case.hidden, weight, case.labels, reduction="none", implementation=implementation
+    ).backward(torch.full((40,), above, device=DEVICE))
+    exact = case.weight.detach().double().requires_grad_()
+    loss = response_loss(case.hidden.double() @ exact.T, case.labels, reduction="none")
+    loss.backward(torch.full((40,), above, device=DEVICE, dtype=torch.float64))
+    # 2^-25: half of the smallest step of float16, to which every result is rounded
+    error = (weight.grad.double() - exact.grad).abs()
+    assert (error <= 2e-3 * exact.grad.abs().max() + 2.0**-25).all()
+
+
+@every
 def test_no_rows_give_zero_loss(implementation):
     outcome = measure(draw(0, 7, 3).to(DEVICE), implementation).values
     assert all(outcome[name] == 0 for name in ("total", "response", "exemplar", "rda", "crt"))
@@ -196,28 +226,37 @@ def test_rda_is_not_negative(implementation, shape, closeness, seed, sharpness):
 
 
 @every
-@given(shapes(2**12, max_rows=8, min_rows=1), SEEDS)
+@given(
+    shape=shapes(2**12, max_rows=8, min_rows=1),
+    seed=SEEDS,
+    sharpness=st.sampled_from([1.0, 30.0]),
+    reduction=st.sampled_from(["mean", "none"]),
+)
 @FEW
-def test_losses_are_the_same_for_shifted_logits(implementation, shape, seed):
+def test_losses_and_gradients_are_the_same_for_shifted_logits(
+    implementation, shape, seed, sharpness, reduction
+):
     # A column of ones in the hidden rows meets a column of the head: a constant for all logits.
-    case = draw(*shape, 6, seed=seed).to(DEVICE)
+    case = draw(*shape, 6, seed=seed, sharpness=sharpness, reduction=reduction).to(DEVICE)
 
     def widened(rows: torch.Tensor, shift: float) -> torch.Tensor:
         return torch.cat([rows, torch.full_like(rows[:, :1], shift)], dim=1)
 
-    def losses(base: float, exemplar: float, negative: float):
-        return torch.stack(
-            linear_vitask(
-                widened(case.hidden, base),
-                widened(case.weight, 1.0),
-                case.labels,
-                exemplar_hidden=widened(case.exemplar, exemplar),
-                negative_hidden=widened(case.negative, negative),
-                implementation=implementation,
-            )
-        )
+    def shifted(base: float, exemplar: float, negative: float) -> dict[str, torch.Tensor]:
+        rows = {
+            "hidden": widened(case.hidden, base),
+            "exemplar": widened(case.exemplar, exemplar),
+            "negative": widened(case.negative, negative),
+            "weight": widened(case.weight, 1.0),
+        }
+        values = measure(replace(case, **rows), implementation).values
+        kept = {k: v[:, :-1] if k.startswith("gradient") else v for k, v in values.items()}
+        return {k: v for k, v in kept.items() if v.numel()}
 
-    torch.testing.assert_close(losses(0, 0, 0), losses(3, -2, 5), rtol=1e-5, atol=2e-6)
+    still = shifted(0, 0, 0)
+    for name, value in shifted(3, -2, 5).items():
+        scale = max(1.0, float(still[name].detach().abs().max())) * sharpness
+        torch.testing.assert_close(value, still[name], rtol=1e-5, atol=4e-6 * scale, msg=name)
 
 
 @every
@@ -241,17 +280,36 @@ def test_permuting_the_vocabulary_changes_nothing(implementation, shape, seed):
 def test_sum_over_rows_is_the_sum_over_their_parts(implementation, shape, seed, data):
     case = draw(*shape, 6, seed=seed, reduction="none").to(DEVICE)
     cut = data.draw(st.integers(1, shape[0] - 1))
-    whole = measure(case, implementation).values["total"]
+    whole = measure(case, implementation).values
+    of_rows = ("hidden", "exemplar", "negative", "labels", "above")
     halves = [
-        linear_vitask(
-            case.hidden[part], case.weight, case.labels[part],
-            exemplar_hidden=case.exemplar[part], negative_hidden=case.negative[part],
-            rda_weight=case.rda_weight, crt_weight=case.crt_weight,
-            reduction="none", implementation=implementation,
-        ).total
+        measure(replace(case, **{k: getattr(case, k)[part] for k in of_rows}), implementation)
         for part in (slice(None, cut), slice(cut, None))
-    ]  # fmt: skip
-    torch.testing.assert_close(whole, torch.cat(halves), rtol=1e-6, atol=2e-6)
+    ]
+    for name, value in whole.items():
+        first, second = (half.values[name] for half in halves)
+        joined = first + second if name == "gradient of weight" else torch.cat([first, second])
+        torch.testing.assert_close(value, joined, rtol=1e-5, atol=4e-6, msg=name)
+
+
+@every
+@given(shapes(2**14, max_rows=8, min_rows=1), SEEDS)
+@FEW
+def test_mean_is_over_the_counted_rows_of_each_loss(implementation, shape, seed):
+    case = draw(*shape, 6, seed=seed, exemplars=0.6, negatives=0.5).to(DEVICE)
+    mean = measure(case, implementation).values
+    each = replace(case, reduction="none", above=torch.ones(shape[0], device=DEVICE))
+    per_row = measure(each, implementation).values
+    counted = case.labels != IGNORE_INDEX
+    for name, rows in (
+        ("response", None),
+        ("exemplar", case.exemplar_rows),
+        ("rda", case.exemplar_rows),
+        ("crt", case.negative_rows),
+    ):
+        own = counted if rows is None else counted[rows]
+        expected = per_row[name].sum() / own.sum().clamp(min=1)
+        torch.testing.assert_close(mean[name], expected, rtol=1e-5, atol=2e-6, msg=name)
 
 
 @every
@@ -313,6 +371,23 @@ def test_rows_without_negative_or_exemplar_cost_and_count_nothing(implementation
     assert torch.equal(none.total, none.response)
 
 
+@pytest.mark.skipif(CUDA, reason="counts what the CPU path does")
+@pytest.mark.parametrize(("exemplars", "negatives"), [(1.0, 1.0), (0.5, 0.25), (0.0, 0.0)])
+def test_only_counted_rows_and_branches_that_are_there_are_projected(exemplars, negatives):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    rows, vocab, width = 64, 500, 8
+    case = draw(rows, vocab, width, exemplars=exemplars, negatives=negatives)
+    counted = case.labels != IGNORE_INDEX
+    branches = (case.exemplar_rows, case.negative_rows)
+    owners = [counted if own is None else counted[own] for own in branches]
+    with FlopCounterMode(display=False) as flops:
+        measure(case, "cpu")
+    projected = int(counted.sum()) + sum(int(own.sum()) for own in owners)
+    # logits and gradients of the rows (the head's is added up in place, which is not counted)
+    assert flops.get_total_flops() == 2 * 2 * projected * vocab * width
+
+
 @every
 def test_only_total_carries_a_gradient_and_only_where_it_is_asked_for(implementation):
     case = draw(4, 20, 5).to(DEVICE)
@@ -346,9 +421,17 @@ def test_teacher_gets_no_gradient_from_rda(implementation):
 
 @fused
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_every_run_gives_the_same_bits(implementation, reduction):
-    case = draw(40, 300, 16, negatives=0.5, reduction=reduction).to(DEVICE)
-    first, second = measure(case, implementation).values, measure(case, implementation).values
+def test_every_run_gives_the_same_bits(implementation, reduction, monkeypatch):
+    from kernels import chunked
+
+    monkeypatch.setattr(chunked, "LOGIT_BYTES", 0)  # chunks of the fewest rows: several
+    threads = torch.get_num_threads()
+    case = draw(100, 300, 16, negatives=0.5, reduction=reduction).to(DEVICE)
+    try:
+        torch.set_num_threads(2)
+        first, second = measure(case, implementation).values, measure(case, implementation).values
+    finally:
+        torch.set_num_threads(threads)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
