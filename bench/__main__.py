@@ -268,22 +268,21 @@ def verify(
     for folder in _runs(folders, out):
         loaded: dict[Any, dict[str, Dataset]] = {}
         for records in _suites(folder, found):
-            plan = plan_of(
-                records[0],
-                roots=data_root or (),
-                allow_unverified=split_names(allow_unverified),
-                folder=folder,
-            )
+            name = records[0].suite
             try:
-                job = Job.of(records[0].suite, plan, loaded)
-            except ValueError as error:  # one run's data are not here; the others still count
-                if len(_runs(folders, out)) == 1 or not is_our_error(error):
-                    raise
-                found.append(f"{folder}: {records[0].suite} was not verified: {error}")
+                plan = plan_of(
+                    records[0],
+                    roots=data_root or (),
+                    allow_unverified=split_names(allow_unverified),
+                    folder=folder,
+                )
+                job = Job.of(name, plan, loaded)
+                wrong = differences(folder, records, job.evaluated)
+            except Exception as error:  # its data are not here, perhaps; the others still count
+                found.append(f"{folder}: {name} was not verified: {_described(error)}")
                 continue
-            wrong = differences(folder, records, job.evaluated)
             found += [f"{folder}: {text}" for text in wrong]
-            count = f"{len(records)} record(s) of {records[0].suite}"
+            count = f"{len(records)} record(s) of {name}"
             typer.echo(f"{folder}: {count}: {f'{len(wrong)} difference(s)' if wrong else 'ok'}")
         found += [f"{folder}: {text}" for text in strays(folder)]
     _fail_for(found)

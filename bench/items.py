@@ -2,7 +2,8 @@
 
 A suite that measures more than answers keeps such values in its outcome and may say in
 `measured(values, weights)` what they give; by default each name's weighted mean. The same function
-serves the point value, the bootstrap and the paired permutation test, as in `metrics.py`.
+serves the point value, the bootstrap and the paired permutation test, as in `metrics.py`. Of a
+metric that depends on ranks alone, as an AUC, the suite says so in RANKED.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.stats import chunked, mean_over_seeds
+from bench.stats import chunked, mean_over_seeds, ranks
 
 DIGITS = 6  # of the values that a record keeps, and of which everything is computed
 Values = Mapping[str, np.ndarray]  # name -> float (n,)
 Measure = Callable[[Values, np.ndarray], dict[str, np.ndarray]]  # weights (k, n) -> (k,) each
+Ranked = Mapping[str, tuple[str, ...]]  # metric -> names whose values it only compares, together
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ def measure_of(module: Any) -> Measure:
     return getattr(module, "measured", means)
 
 
+def ranked_of(module: Any) -> Ranked:
+    """Which of a suite's metrics depend on ranks alone."""
+    return getattr(module, "RANKED", {})
+
+
 def points(items: Items, measure: Measure) -> dict[str, np.ndarray]:
     """Every metric of all items, (1,) each."""
     return measure(items.values, np.ones((1, len(items))))
@@ -65,21 +72,44 @@ def resampled(
 
 
 def permuted_differences(
-    ours: Sequence[Items], reference: Sequence[Items], measure: Measure, swap: np.ndarray
+    ours: Sequence[Items],
+    reference: Sequence[Items],
+    measure: Measure,
+    swap: np.ndarray,
+    ranked: Ranked | None = None,
 ) -> dict[str, np.ndarray]:
-    """Metric of ours minus reference after swapping the two methods' items, (2000,) each."""
-    pairs = [
-        {name: np.concatenate([a.values[name], b.values[name]]) for name in a.values}
-        for a, b in zip(ours, reference, strict=True)
-    ]
+    """Metric of ours minus reference after swapping the two methods' items, (2000,) each.
 
-    def differences(part: np.ndarray) -> dict[str, np.ndarray]:
-        moved = part.astype(float)
-        mine, theirs = np.hstack([1 - moved, moved]), np.hstack([moved, 1 - moved])
-        found = []
-        for both in pairs:
-            left, right = measure(both, mine), measure(both, theirs)
-            found.append({name: left[name] - right[name] for name in left})
-        return mean_over_seeds(found)
+    For the metrics of `ranked` the ranks are swapped, as `stats.permuted_differences` does.
+    """
+    ranked = ranked or {}
 
-    return chunked(differences, swap)
+    def permuted(names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        pairs = [_pair(a.values, b.values, names) for a, b in zip(ours, reference, strict=True)]
+        return chunked(
+            lambda part: mean_over_seeds([_difference(pair, measure, part) for pair in pairs]), swap
+        )
+
+    return permuted(()) | {metric: permuted(names)[metric] for metric, names in ranked.items()}
+
+
+def _pair(ours: Values, reference: Values, names: tuple[str, ...]) -> Values:
+    """One method's values, then the other's, (2 n,) each; the named ones as ranks."""
+    sides = [_ranked(values, names) for values in (ours, reference)]
+    return {name: np.concatenate([side[name] for side in sides]) for name in ours}
+
+
+def _ranked(values: Values, names: tuple[str, ...]) -> Values:
+    """The named values as ranks among all of these."""
+    if not names:
+        return values
+    among = ranks(np.concatenate([values[name] for name in names]))
+    return {**values, **dict(zip(names, np.split(among, len(names)), strict=True))}
+
+
+def _difference(pair: Values, measure: Measure, swap: np.ndarray) -> dict[str, np.ndarray]:
+    moved = swap.astype(float)
+    left, right = (
+        measure(pair, np.hstack(used)) for used in ([1 - moved, moved], [moved, 1 - moved])
+    )
+    return {name: left[name] - right[name] for name in left}

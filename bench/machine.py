@@ -72,7 +72,10 @@ def _page(name: str, about: str, measured: Measured, stamp: dict[str, Any]) -> s
         suite=name,
         about=about.strip(),
         stamp=stamp,
-        tables=[(title, *_table(rows)) for title, rows in _tables(measured.rows)],
+        tables=[
+            (title, rows[0].get("caption", ""), *_table(rows))
+            for title, rows in _tables(measured.rows)
+        ],
         targets=[(aim, found, words[reached]) for aim, found, reached in measured.targets],
     )
 

@@ -1,7 +1,7 @@
 """The Markdown page of a suite: tables of its CSV, what is published beside it, what made it."""
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,9 @@ def page(
         phantom="phantom" in sources,
         recipe=first.recipe,
         record=first,
+        commands=_distinct(record.command for record in records),
+        commits=_distinct(record.commit for record in records),
+        hardware=_distinct(_listed(record.hardware) for record in records),
         seeds=sorted({record.seed for record in records}),
         methods=module.METHODS,
         references={method: reference_of(module, method) for method in module.METHODS},
@@ -72,6 +75,15 @@ def page(
         recipe_json=json.dumps(first.recipe, indent=1),
         limit=first.plan["limit"],
     )
+
+
+def _distinct(texts: Iterable[str]) -> list[str]:
+    """Each once, in their order: seeds may come of several commands, at several commits."""
+    return list(dict.fromkeys(texts))
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _reference(module: Suite) -> str:
@@ -102,8 +114,7 @@ def _table(frame: pd.DataFrame, metric: str, methods: Sequence[str]) -> str:
     lines = [f"| {corner} | " + " | ".join(across) + " |", "|---" * (len(across) + 1) + "|"]
     for one in down:
         line = [cells.get((one, m) if wide else (m, one), "–") for m in across]
-        name = f"**{one}**" if one == "average" else one
-        lines.append(f"| {name} | " + " | ".join(line) + " |")
+        lines.append(f"| {one} | " + " | ".join(line) + " |")
     return "\n".join(lines)
 
 

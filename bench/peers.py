@@ -42,8 +42,18 @@ class Inputs(NamedTuple):
     def random(
         cls, rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: str, seed: int = 0
     ) -> "Inputs":
-        """Logits of unit variance; branches that differ as those of one model do."""
+        """Logits of unit variance."""
         generator = torch.Generator(device).manual_seed(seed)
+        head = torch.randn(vocab, hidden, generator=generator, device=device) / hidden**0.5
+        return cls.over(head.to(dtype), rows, dtype, device, seed)
+
+    @classmethod
+    def over(
+        cls, weight: Tensor, rows: int, dtype: torch.dtype, device: str, seed: int
+    ) -> "Inputs":
+        """Over a head of one's own; branches that differ as those of one model do."""
+        generator = torch.Generator(device).manual_seed(seed)
+        hidden = weight.shape[1]
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device)
@@ -56,9 +66,15 @@ class Inputs(NamedTuple):
             hidden=own,
             exemplar=exemplar,
             negative=negative,
-            weight=(normal(vocab, hidden) / hidden**0.5).to(dtype),
-            labels=torch.randint(vocab, (rows,), generator=generator, device=device),
+            weight=weight,
+            labels=torch.randint(len(weight), (rows,), generator=generator, device=device),
         )
+
+    def redrawn(self, count: int) -> "list[Inputs]":
+        """It, and others over the same head: hidden rows and labels by seeds of their own."""
+        rows, dtype, device = len(self.hidden), self.hidden.dtype, self.hidden.device.type
+        others = (Inputs.over(self.weight, rows, dtype, device, seed) for seed in range(1, count))
+        return [self, *others]
 
 
 Loss = Callable[[Inputs], Tensor]
@@ -87,6 +103,11 @@ def peers(device: str) -> tuple[dict[str, Peer], dict[str, str]]:
         ("liger", "liger_kernel", _liger),
         ("liger_one_chunk", "liger_kernel", partial(_liger, one_chunk=True)),
         ("liger_distillation", "liger_kernel", _liger_distillation),
+        (
+            "liger_distillation_one_chunk",
+            "liger_kernel",
+            partial(_liger_distillation, one_chunk=True),
+        ),
         ("cce", "cut_cross_entropy", _cut_cross_entropy),
     ):
         if importlib.util.find_spec(package) is None:
@@ -165,9 +186,16 @@ def _functional_rda(x: Inputs) -> Tensor:
     return _kl(_logits(x.hidden, x.weight).log_softmax(-1), log_q)
 
 
+def _difference(x: Inputs) -> Tensor:
+    """Logits of CRT. The head has no bias, so those of the hidden difference are the same, for
+    half the products; of 16-bit rows the difference would be rounded to 16 bits."""
+    if x.hidden.dtype == torch.float32:
+        return _logits(x.hidden - x.negative, x.weight)
+    return _logits(x.hidden, x.weight) - _logits(x.negative, x.weight)
+
+
 def _functional_crt(x: Inputs) -> Tensor:
-    difference = _logits(x.hidden, x.weight) - _logits(x.negative, x.weight)
-    return functional.cross_entropy(difference, x.labels)
+    return functional.cross_entropy(_difference(x), x.labels)
 
 
 def _functional_vitask(x: Inputs) -> Tensor:
@@ -210,14 +238,9 @@ def _torch_linear() -> Peer:
 def _liger(*, one_chunk: bool = False) -> Peer:
     """Liger's fused cross-entropy and JSD; `one_chunk`: its chunking switched off."""
     from liger_kernel.transformers import LigerFusedLinearJSD, LigerJSD
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     jsd, plain_jsd = LigerFusedLinearJSD(jsd_beta=1.0), LigerJSD(beta=1.0)
-
-    def cross_entropy(hidden: Tensor, x: Inputs) -> Tensor:
-        vocab, width = x.weight.shape
-        chunks = {"chunk_mem_const": -(-vocab // width)} if one_chunk else {}
-        return liger_fused_linear_cross_entropy(hidden, x.weight, x.labels, **chunks)
+    cross_entropy = _liger_cross_entropy(one_chunk)
 
     def rda(x: Inputs) -> Tensor:
         if not one_chunk:
@@ -239,19 +262,35 @@ def _liger(*, one_chunk: bool = False) -> Peer:
     }
 
 
-def _liger_distillation() -> Peer:
+def _liger_distillation(*, one_chunk: bool = False) -> Peer:
     """Liger's chunked distillation: Van + RDA in one call. It always makes the head's gradient."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
 
-    distil = LigerFusedLinearJSDLoss(weight_hard_loss=1.0, weight_soft_loss=1.0, beta=1.0)
-    return {
-        "vitask": lambda x: (
-            distil(x.hidden, x.weight, x.exemplar.detach(), x.weight, x.labels)
-            + fused(x.exemplar, x.weight, x.labels)
-            + fused(x.hidden - x.negative, x.weight, x.labels)
+    cross_entropy = _liger_cross_entropy(one_chunk)
+
+    def vitask(x: Inputs) -> Tensor:
+        chunk = {"chunk_size": len(x.hidden)} if one_chunk else {}
+        distil = LigerFusedLinearJSDLoss(
+            weight_hard_loss=1.0, weight_soft_loss=1.0, beta=1.0, **chunk
         )
-    }
+        return (
+            distil(x.hidden, x.weight, x.exemplar.detach(), x.weight, x.labels)
+            + cross_entropy(x.exemplar, x)
+            + cross_entropy(x.hidden - x.negative, x)
+        )
+
+    return {"vitask": vitask}
+
+
+def _liger_cross_entropy(one_chunk: bool) -> Callable[[Tensor, Inputs], Tensor]:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    def cross_entropy(hidden: Tensor, x: Inputs) -> Tensor:
+        vocab, width = x.weight.shape
+        chunks = {"chunk_mem_const": -(-vocab // width)} if one_chunk else {}
+        return liger_fused_linear_cross_entropy(hidden, x.weight, x.labels, **chunks)
+
+    return cross_entropy
 
 
 def _cut_cross_entropy() -> Peer:

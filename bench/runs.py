@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,11 +31,12 @@ from bench.record import (
     write_samples,
     write_text,
 )
-from bench.suites import Context, Outcome
+from bench.suites import Context, Outcome, suite
 from vitask.data.spec import Dataset
 from vitask.prompts import candidates
 
 UNFINISHED = "unfinished.json"
+ENTRY = {"key", "command", "finished", "records"}  # of a suite in run.json
 PARTS = ("records", "samples", "checkpoints", "official")  # folders of a run
 
 
@@ -66,13 +67,24 @@ def _sweep(folder: Path) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Suite -> its run: key, names of its records, whether it ended. Empty without a run."""
-    path = folder / "run.json"
+    return _read(
+        folder / "run.json",
+        lambda entry: isinstance(entry, dict) and entry.keys() >= ENTRY,
+        "put it back, or remove the folder: which records belong to a run stands there alone",
+    )
+
+
+def _read(path: Path, is_entry: Callable[[Any], bool], advice: str) -> dict[str, Any]:
+    """Suite -> what a file says of it, empty without the file; ValueError if it is damaged."""
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}); remove the folder or use --fresh") from None
+        found = json.loads(path.read_bytes())
+    except ValueError as error:  # no JSON, or no text at all
+        raise ValueError(f"{path} is no JSON ({error}); {advice}") from None
+    if not isinstance(found, dict) or not all(map(is_entry, found.values())):
+        raise ValueError(f"{path} is not what a run writes; {advice}")
+    return found
 
 
 def start_over(folder: Path, suites: Sequence[str]) -> None:
@@ -88,8 +100,11 @@ def start_over(folder: Path, suites: Sequence[str]) -> None:
 
 def unfinished(folder: Path) -> dict[str, str]:
     """Suites of commands that were stopped before they ended -> key of their run."""
-    path = folder / UNFINISHED
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return _read(
+        folder / UNFINISHED,
+        lambda key: isinstance(key, str),
+        "remove it: suites that had finished are then computed again",
+    )
 
 
 def note_unfinished(folder: Path, runs: Mapping[str, str | None]) -> None:
@@ -107,8 +122,9 @@ def record_keys(job: Job) -> dict[tuple[str, int], str]:
 
     The suite's own source is part of it: there stands what its methods change in the recipe.
     """
+    borrowed = [suite(name) for name in getattr(job.module, "BORROWED", ())]
     own = {
-        "source": file_sha256(Path(job.module.__file__)),
+        "source": [file_sha256(Path(module.__file__)) for module in (job.module, *borrowed)],
         "libraries": records.versions(_libraries(job)),
     }
     return {
@@ -127,18 +143,28 @@ def run_key(job: Job) -> str:
 
 
 @dataclass
-class _Counted:
-    """Passes on what work tells of itself, and adds it up."""
+class _Share:
+    """So many units of the whole: passes on what work tells of itself, and at its end skips what
+    it has not told, because it was there already or because the work failed."""
 
     whole: Advancing
-    units: float = 0.0
+    left: float  # units
+    text: str
+
+    def __enter__(self) -> "_Share":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        stopped = kind is not None and not issubclass(kind, Exception)  # and all else with it
+        if self.left > 1e-6 and not stopped:
+            self.skip(self.left, self.text)
 
     def advance(self, units: float, text: str) -> None:
-        self.units += units
+        self.left -= units
         self.whole.advance(units, text)
 
     def skip(self, units: float, text: str) -> None:
-        self.units += units
+        self.left -= units
         self.whole.skip(units, text)
 
     def note(self, text: str) -> None:
@@ -158,36 +184,42 @@ def run_suite(
     import torch
 
     module, name, plan = job.module, job.name, job.plan
-    run = _Run(job, folder, record_keys(job), command)
-    run.begin(progress, resume=resume)
-    context = Context(
-        suite=name,
-        recipe=plan.recipe,
-        datasets=job.datasets,
-        evaluated=job.evaluated,
-        folder=folder,
-        identity=job.base(),
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        progress=progress,
-        prefix=_prefix(job),
-        cache={} if cache is None else cache,
-    )
-    for seed in plan.seeds:
-        missing = run.missing(seed)
-        context.progress = told = _Counted(progress)
-        if done := len(module.METHODS) - len(missing):
-            progress.note(f"{name}, seed {seed}: {done} of {len(module.METHODS)} methods are there")
-        if missing:
+    run, units = _Run(job, folder, record_keys(job), command), module.units(plan.recipe)
+    with _Share(progress, units * len(plan.seeds), name) as whole:
+        run.begin(whole, resume=resume)
+        context = Context(
+            suite=name,
+            recipe=plan.recipe,
+            datasets=job.datasets,
+            evaluated=job.evaluated,
+            folder=folder,
+            identity=job.base(),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            progress=whole,
+            prefix=_prefix(job),
+            cache={} if cache is None else cache,
+        )
+        for seed in plan.seeds:
+            with _Share(whole, units, f"{name}, seed {seed}") as context.progress:
+                _run_seed(run, context, seed)
+        run.end()
+    return read_records(folder, name)
+
+
+def _run_seed(run: "_Run", context: Context, seed: int) -> None:
+    """The methods that are missing; each is on disk before the next one is scored."""
+    methods, missing = run.job.module.METHODS, run.missing(seed)
+    if done := len(methods) - len(missing):
+        context.progress.note(
+            f"{context.suite}, seed {seed}: {done} of {len(methods)} methods are there"
+        )
+    if missing:
+        records.reset_peak()
+        start = time.perf_counter()
+        for outcome in run.job.module.run(context, seed, missing):
+            run.write(outcome, seed, round(time.perf_counter() - start, 2))
             records.reset_peak()
             start = time.perf_counter()
-            for outcome in module.run(context, seed, missing):
-                run.write(outcome, seed, round(time.perf_counter() - start, 2))
-                records.reset_peak()
-                start = time.perf_counter()
-        if (rest := module.units(plan.recipe) - told.units) > 1e-6:  # of methods that were there
-            progress.skip(rest, f"{name}, seed {seed}")
-    run.end()
-    return read_records(folder, name)
 
 
 def _libraries(job: Job) -> Sequence[str]:

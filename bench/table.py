@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 
 from bench import items as own
-from bench.items import Items, Measure, measure_of
+from bench.items import Items, Measure, measure_of, ranked_of
 from bench.metrics import Scored, scored
 from bench.page import SMALL_TEST, page
 from bench.record import Record, candidates_of, read_samples, write_text
 from bench.stats import (
     bootstrap_weights,
     holm,
-    interval,
+    interval_of,
     p_value,
     permuted_differences,
     resampled,
@@ -137,7 +137,8 @@ class _Cell:
         return float(np.mean(self.points[metric]))
 
     def interval(self, metric: str) -> tuple[float, float]:
-        return interval(self.resampled.get(metric, np.array([])))
+        values = self.resampled.get(metric, np.array([]))
+        return interval_of(metric, values, self.mean(metric))
 
 
 def _resample(name: str, cells: dict[str, _Cell], answers: Answers) -> None:
@@ -165,7 +166,9 @@ def _resample_items(name: str, cells: dict[str, _Cell], module: Rows) -> None:
         other = measured.get(reference_of(module, method) or "")
         if other is not None:
             swap = swaps(drawn, count, groups)
-            cell.permuted |= own.permuted_differences(cell.items, other.items, measure, swap)
+            cell.permuted |= own.permuted_differences(
+                cell.items, other.items, measure, swap, ranked_of(module)
+            )
 
 
 def _resample_lost(found: Mapping[str, Mapping[str, _Cell]], module: Rows) -> None:
@@ -196,20 +199,30 @@ def _average(found: Mapping[str, dict[str, _Cell]], module: Rows) -> dict[str, _
     together), for methods that answer them all."""
     done = {}
     for method in module.METHODS:
-        cells = [found[name][method] for name in found if method in found[name]]
-        if len(cells) < len(found) or not all(cell.seeds or cell.items for cell in cells):
+        cells = {name: every[method] for name, every in found.items() if method in every}
+        if len(cells) < len(found) or not all(c.seeds or c.items for c in cells.values()):
             continue
-        shared = set.intersection(*(set(cell.points) for cell in cells))
-        metrics = [m for m in cells[0].points if m in shared and not m.startswith(NOT_AVERAGED)]
-        cell = _Cell(cells[0].records, {}, [])
-        for metric in metrics:
-            cell.points[metric] = np.mean([c.points[metric] for c in cells], axis=0).tolist()
-            if all(metric in c.resampled for c in cells):
-                cell.resampled[metric] = np.mean([c.resampled[metric] for c in cells], axis=0)
-            if all(metric in c.permuted for c in cells):
-                cell.permuted[metric] = np.mean([c.permuted[metric] for c in cells], axis=0)
-        done[method] = cell
+        first = next(iter(cells.values()))
+        shared = set.intersection(*(set(c.points) for c in cells.values()))
+        done[method] = cell = _Cell(first.records, {}, [])
+        for metric in first.points:
+            if metric not in shared or metric.startswith(NOT_AVERAGED):
+                continue
+            points = {name: np.array(c.points[metric]) for name, c in cells.items()}
+            cell.points[metric] = _mean_over_images(points, module).tolist()
+            for kind in ("resampled", "permuted"):
+                values = {name: getattr(c, kind).get(metric) for name, c in cells.items()}
+                if all(value is not None for value in values.values()):
+                    getattr(cell, kind)[metric] = _mean_over_images(values, module)
     return done
+
+
+def _mean_over_images(values: Mapping[str, np.ndarray], module: Rows) -> np.ndarray:
+    """Mean over sets: first over those of the same images, so that these count once."""
+    by_images: dict[str, list[np.ndarray]] = {}
+    for name, value in values.items():
+        by_images.setdefault(images_of(module, name), []).append(value)
+    return np.mean([np.mean(same, axis=0) for same in by_images.values()], axis=0)
 
 
 def _frame(
@@ -255,10 +268,12 @@ def _difference(cells: dict[str, _Cell], method: str, metric: str, module: Rows)
     if reference is None or metric not in reference.points:
         return {}
     low = high = np.nan
+    difference = cell.mean(metric) - reference.mean(metric)
     if metric in cell.resampled and metric in reference.resampled:
-        low, high = interval(cell.resampled[metric] - reference.resampled[metric])
+        values = cell.resampled[metric] - reference.resampled[metric]
+        low, high = interval_of(metric, values, difference, bounds=(-1.0, 1.0))
     return {
-        "diff_to_vanilla": cell.mean(metric) - reference.mean(metric),
+        "diff_to_vanilla": difference,
         "diff_low": low,
         "diff_high": high,
     }

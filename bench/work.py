@@ -14,6 +14,7 @@ from bench.checkpoints import kept
 from bench.record import content_key
 from bench.suites import Context, Outcome
 from vitask.checkpoint import Task, VITask
+from vitask.data.spec import PARTS
 from vitask.features import Features
 from vitask.prompts import instruction
 from vitask.recipes import Recipe, vanilla
@@ -99,8 +100,8 @@ class Work:
     @cached_property
     def _looked_at(self) -> tuple[Features, dict[str, int]]:
         """Features, once it is known that the images reach the answers; kept for all seeds."""
-        sizes = {name: len(d.splits["train"]) for name, d in self.everything.items()}
-        key = ("image", self.recipe.vlm, *sizes.items())
+        images = {name: _images(dataset, PARTS) for name, dataset in self.everything.items()}
+        key = ("image", self.recipe.vlm, *self.datasets, content_key(images))
         if key not in self.context.cache:
             image = self.kept(self.untuned.vlm.image_features)
             self.context.progress.note("self-check: do the images reach the answers?")
@@ -325,8 +326,14 @@ class Work:
 
 
 def _data(dataset: "Dataset") -> list[Any]:
-    parts = [len(dataset.splits[part]) for part in ("train", "val")]
-    return [dataset.source, dataset.size, dataset.md5, *parts, instruction(dataset.spec)]
+    """What decides a model of what it was trained on."""
+    return [*_images(dataset, ("train", "val")), instruction(dataset.spec)]
+
+
+def _images(dataset: "Dataset", parts: Sequence[str]) -> list[Any]:
+    """Which images these are, not only how many: limits draw others as they follow each other."""
+    ids = {part: dataset.splits[part].ids.tolist() for part in parts}
+    return [dataset.source, dataset.size, dataset.md5, content_key(ids)]
 
 
 def epoch_cost(recipe: Recipe) -> float:

@@ -30,6 +30,9 @@ lost_against(name) -> metric -> (set, its metric)
             set's own, of the same images: they get intervals and tests; by default none are
 measured(values, weights) -> metric -> (k,)
             the suite's own metrics of its outcomes' items; by default the mean of each name
+RANKED      metric -> names of the items' values that it only compares, together: they are swapped
+            as ranks; by default none
+BORROWED    other suites whose models or recipes it takes: their sources are part of its keys
 LIBRARIES   what it alone computes with: their versions are part of its records and their keys
 TABLES      metric -> title: the tables of its page
 sections(records, answers) -> list of (title, Markdown), further parts of its page, made of the

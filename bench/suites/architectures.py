@@ -1,6 +1,9 @@
 """Does exemplar prompting depend on the task-specific model? Other architectures and features.
 
-A CNN (the recipe's own), a ViT that classifies from its class token, a ViT that pools, a hybrid.
+A CNN, a ViT that classifies from its class token, a ViT that pools, a hybrid; one of them is the
+recipe's own. With the exemplar against without it, answered by the same model: what this
+task-specific model's exemplar gives. Without it, and the task-specific models themselves, against
+the CNN's: whether another teacher is a better one.
 """
 
 from collections.abc import Collection, Iterator
@@ -13,27 +16,41 @@ if TYPE_CHECKING:
     from vitask.recipes import Recipe
 
 STUDY = True
-SPECIALISTS = {
-    "cnn": "test_resnet, pooled feature",
-    "vit_cls": "test_vit, class token",
-    "vit_pooled": "test_vit2, pooled feature",
-    "hybrid": "test_coatnet, convolutions and attention, pooled feature",
-}
+LARGE = 224  # pixels that the task-specific model sees, from which on models of usual size serve
+SPECIALISTS = {  # what it is, timm's name of a small one, timm's name of a large one
+    "cnn": ("CNN, pooled feature", "test_resnet", "resnet50.a1_in1k"),
+    "vit_cls": ("ViT, class token", "test_vit", "vit_base_patch16_224.augreg_in21k"),
+    "vit_pooled": (
+        "ViT, pooled feature", "test_vit2", "vit_base_patch16_siglip_gap_224.v2_webli",
+    ),
+    "hybrid": (
+        "convolutions and attention, pooled feature", "test_coatnet", "coatnet_0_rw_224.sw_in1k",
+    ),
+}  # fmt: skip
 KINDS = {
     "tsm": "alone",
     "without_ep": "as VITask's teacher, the VLM answering alone",
     "with_ep": "as VITask's exemplar",
 }
 METHODS = {
-    f"{name}_{kind}": f"{what}, {how}"
-    for name, what in SPECIALISTS.items()
+    f"{name}_{kind}": f"{what} ({small}; at {LARGE} pixels {large}), {how}"
+    for name, (what, small, large) in SPECIALISTS.items()
     for kind, how in KINDS.items()
 }
-REFERENCE = {
-    f"{name}_{kind}": f"cnn_{kind}" for name in SPECIALISTS if name != "cnn" for kind in KINDS
+REFERENCE = {f"{name}_with_ep": f"{name}_without_ep" for name in SPECIALISTS} | {
+    f"{name}_{kind}": f"cnn_{kind}"
+    for name in SPECIALISTS
+    if name != "cnn"
+    for kind in ("tsm", "without_ep")
 }
 PUBLISHED = None
 PUBLISHED_NOTE = ""
+
+
+def recipes(recipe: "Recipe") -> "dict[str, Recipe]":
+    """Specialist -> the recipe with it: small ones for small images, else of the usual size."""
+    large = recipe.tsm_image_size >= LARGE
+    return {name: replace(recipe, tsm=own[1 + large]) for name, own in SPECIALISTS.items()}
 
 
 def units(recipe: "Recipe") -> float:
@@ -47,11 +64,10 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
     from bench.work import Work
 
     work = Work(context, seed)
-    for name, what in SPECIALISTS.items():
+    for name, recipe in recipes(context.recipe).items():
         asked = {kind for kind in KINDS if f"{name}_{kind}" in wanted}
         if not asked:
             continue
-        recipe = replace(context.recipe, tsm=what.split(",")[0])
         own = recipe == context.recipe
         specialist = work.specialist(recipe, name="tsm" if own else f"tsm-{name}")
         if "tsm" in asked:

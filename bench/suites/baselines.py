@@ -1,5 +1,11 @@
 """Are EP, RDA and CRT better than the obvious? What reviewers would try instead.
 
+Like is compared with like. What would replace one part of VITask is compared with that part alone:
+contrastive decoding with `crt`, the prefix with `vanilla_with_ep`, both of them models of
+`ablation`. VITask is compared with what one would try first at its price: without the exemplar
+with `vanilla_longer`, which computes as many forwards in training; with it with `ensemble`, which
+needs the task-specific model for its answers too. All others are compared with Van alone.
+
 The ensemble's weight and the strength of contrastive decoding are chosen on validation data, per
 dataset, from fixed grids.
 """
@@ -11,24 +17,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.suites import Context, Outcome
+from bench.suites.ablation import models
 
 if TYPE_CHECKING:
     from bench.work import Tuned, Work
     from vitask.recipes import Recipe
 
 STUDY = True
+BORROWED = ("ablation",)
 METHODS = {
     "vanilla": "Van alone",
     "vanilla_longer": "Van alone, for as many epochs as VITask computes forwards",
     "connector": "Van, the VLM's own connector trained too",
+    "vanilla_with_ep": "Van + EP, answering with the exemplar",
     "prefix": "Van and a learned token that is the same for every image, in the exemplar's place",
+    "crt": "Van + CRT, no exemplar in training",
     "contrastive_decoding": "vanilla, less what it says to the mean image, instead of CRT",
     "tsm": "the task-specific model alone",
     "ensemble": "vanilla and the task-specific model, log-probabilities averaged",
     "vitask_without_ep": "VITask, answering alone",
     "vitask_with_ep": "VITask, answering with the exemplar",
 }
-REFERENCE = "vanilla"
+REFERENCE = {
+    "vanilla_longer": "vanilla", "connector": "vanilla", "vanilla_with_ep": "vanilla",
+    "prefix": "vanilla_with_ep", "crt": "vanilla", "contrastive_decoding": "crt",
+    "tsm": "vanilla", "ensemble": "vanilla",
+    "vitask_without_ep": "vanilla_longer", "vitask_with_ep": "ensemble",
+}  # fmt: skip
 PUBLISHED = None
 PUBLISHED_NOTE = ""
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of contrastive decoding; weights of the ensemble
@@ -36,9 +51,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of contrastive decoding; weights of t
 
 def tuned_alone(recipe: "Recipe") -> "dict[str, Recipe]":
     """Models that answer without an exemplar, by name."""
-    from vitask.recipes import vanilla
-
-    plain = vanilla(recipe)
+    plain = models(recipe)["vanilla"][0]
     return {
         "vanilla": plain,
         # two forwards a step in stage 1, three in stage 2
@@ -48,17 +61,15 @@ def tuned_alone(recipe: "Recipe") -> "dict[str, Recipe]":
             stage2_epochs=3 * recipe.stage2_epochs,
         ),
         "connector": replace(plain, trained="connector", step="three"),
+        "crt": models(recipe)["crt"][0],
     }
-
-
-def prefix(recipe: "Recipe") -> "Recipe":
-    return replace(recipe, rda_weight=0.0, crt_weight=0.0)
 
 
 def units(recipe: "Recipe") -> float:
     from bench.work import SCORING, specialist_units, tuning_units
 
-    recipes = [*tuned_alone(recipe).values(), prefix(recipe), recipe]
+    ep = models(recipe)["ep"][0]  # once with the exemplar, once with the prefix
+    recipes = [*tuned_alone(recipe).values(), ep, ep, recipe]
     return sum(map(tuning_units, recipes)) + specialist_units(recipe) + SCORING * len(METHODS)
 
 
@@ -76,16 +87,20 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
             vanilla = vanilla or tuned
             if name in wanted:
                 yield work.answers(name, work.predict(tuned.model), tuned.note)
+    ep = models(recipe)["ep"][0]
+    if "vanilla_with_ep" in wanted:
+        tuned = work.tuned(ep, specialist, name="ep")
+        yield from work.both_ways(tuned, ("", "vanilla_with_ep"), wanted)
     if "prefix" in wanted:
         exemplar = work.kept(lambda images: _same(work, specialist.model, len(images)))
-        tuned = work.tuned(prefix(recipe), specialist, name="prefix", exemplar=exemplar)
+        tuned = work.tuned(ep, specialist, name="prefix", exemplar=exemplar)
         yield work.answers("prefix", work.predict(tuned.model, exemplar), tuned.note)
     if "tsm" in wanted:
         yield work.answers("tsm", work.classify(specialist.model), specialist.note)
     if vanilla is not None and "contrastive_decoding" in wanted:
-        yield _chosen(work, "contrastive_decoding", *_contrastive(work, vanilla))
+        yield _chosen(work, "contrastive_decoding", vanilla, *_contrastive(work, vanilla))
     if vanilla is not None and "ensemble" in wanted:
-        yield _chosen(work, "ensemble", *_ensemble(work, vanilla, specialist.model))
+        yield _chosen(work, "ensemble", vanilla, *_ensemble(work, vanilla, specialist.model))
     if {"vitask_without_ep", "vitask_with_ep"} & set(wanted):
         tuned = work.tuned(recipe, specialist, name="vitask")
         yield from work.both_ways(tuned, ("vitask_without_ep", "vitask_with_ep"), wanted)
@@ -131,7 +146,7 @@ def _ensemble(work: "Work", vanilla: "Tuned", tsm: Any) -> tuple[Any, str]:
     return scores, "weight"
 
 
-def _chosen(work: "Work", method: str, scores: Any, what: str) -> Outcome:
+def _chosen(work: "Work", method: str, vanilla: "Tuned", scores: Any, what: str) -> Outcome:
     """The strength that is best on the validation part, dataset by dataset."""
     from vitask.score import Prediction
     from vitask.validation import decide, macro_f1
@@ -148,5 +163,5 @@ def _chosen(work: "Work", method: str, scores: Any, what: str) -> Outcome:
         best = max(curves[name], key=lambda strength: curves[name][strength])
         log_p = scores(name, "test")[float(best)]
         predictions.append(Prediction(name, "candidates", log_p))
-    outcome = work.answers(method, predictions)
-    return Outcome(method, outcome.predictions, {f"validation by {what}": curves})
+    outcome = work.answers(method, predictions, vanilla.note)
+    return replace(outcome, extras=outcome.extras | {f"validation by {what}": curves})

@@ -2,8 +2,9 @@
 
 NAME is the clean test part; NAME+CORRUPTION holds each of its images at severities 1 to 5, made by
 the package medmnistc. `lost` is what the corruption takes from the balanced accuracy. `be` and
-`rbe` are MedMNIST-C's own errors, relative to its AlexNet, and there at 224 pixels only. An image
-is resampled with all that was made of it; the average is over the corrupted sets alone.
+`rbe` are MedMNIST-C's own errors, relative to its AlexNet, and there at 224 pixels only; a set
+that has none is named below. An image is resampled with all that was made of it; the average is
+over the corrupted sets alone.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -59,9 +60,9 @@ def lost_against(name: str) -> dict[str, tuple[str, str]]:
 
 
 def unavailable(plan: "Plan") -> str | None:
-    from bench.corruption import missing
+    from bench import corruption
 
-    return missing()
+    return corruption.missing()
 
 
 def evaluated(plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
@@ -184,7 +185,7 @@ def _balanced(prediction: "Prediction", dataset: "Dataset", rows: np.ndarray) ->
 
 
 def sections(records: "Sequence[Record]", answers: "Answers") -> list[tuple[str, str]]:
-    """By severity, and what could not be made."""
+    """By severity, and what is not there."""
     first = records[0]
     bases = list(first.trained_on)
     lines = ["| dataset | method | clean | 1 | 2 | 3 | 4 | 5 |", "|---" * 8 + "|"]
@@ -197,20 +198,39 @@ def sections(records: "Sequence[Record]", answers: "Answers") -> list[tuple[str,
             mine = [r for r in records if r.method == method]
             cells = _by_severity(mine, answers, base, weights)
             lines.append(f"| {base} | {method} | " + " | ".join(cells) + " |")
-    missing = ["| dataset | corruption | why |", "|---|---|---|"]
-    for base, lacking in first.extras["unavailable"].items():
-        missing += [f"| {base} | {name} | {why} |" for name, why in lacking.items()]
-        if base not in corrupted and not lacking:
-            missing.append(f"| {base} | – | MedMNIST-C lists none for this dataset or modality |")
     found = []
     if len(lines) > 2:
         title = (
             "Balanced accuracy by severity, mean over corruptions and seeds, and its 95 % interval"
         )
         found.append((title, "\n".join(lines)))
-    if len(missing) > 2:
-        found.append(("Listed by MedMNIST-C, but not available here", "\n".join(missing)))
+    if lacking := missing(first):
+        lines = ["| dataset | what | why |", "|---|---|---|"]
+        lines += [f"| {' | '.join(row)} |" for row in lacking]
+        found.append(("Of MedMNIST-C, but not available here", "\n".join(lines)))
     return found
+
+
+def missing(record: "Record") -> list[tuple[str, str, str]]:
+    """(dataset, what, why): corruptions that could not be made, and its own errors."""
+    made = {images_of(name): record.metrics[name] for name in record.extras["severities"]}
+    found = []
+    for base, lacking in record.extras["unavailable"].items():
+        found += [(base, name, why) for name, why in lacking.items()]
+        if base not in made and not lacking:
+            found.append((base, "–", "MedMNIST-C lists none for this dataset or modality"))
+        if base in made and "be" not in made[base]:
+            found.append((base, "`be`, `rbe`", _no_errors(record.trained_on[base]["size"])))
+    return found
+
+
+def _no_errors(size: int) -> str:
+    """Why a set has none of MedMNIST-C's own errors."""
+    from bench.corruption import SIDE
+
+    if size == SIDE:
+        return "MedMNIST-C has no AlexNet's errors for this dataset"
+    return f"relative to an AlexNet's errors at {SIDE} pixels; these images have {size}"
 
 
 def _by_severity(

@@ -6,7 +6,7 @@ in the place of the first; nothing else is tuned. `referable_auc` is the AUC of 
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +33,7 @@ REFERENCE = "vanilla"
 PUBLISHED = "vitask_table3_external.csv"
 PUBLISHED_NOTE = """\
 Bai et al. 2024, table 3: InternVL2-2B at 224 pixels, whole external sets."""
+RANKED = {"referable_auc": ("probability",)}
 TABLES = {
     "macro_f1": "Macro-F1, by constrained scoring",
     "accuracy": "Accuracy, by constrained scoring",
@@ -98,21 +99,25 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
         for answered in work.both_ways(tuned, ("vitask_without_ep", "vitask_with_ep"), wanted):
             yield _with_referable(work, answered)
         if "vitask_plug" in wanted:
-            yield _with_referable(work, work.answers("vitask_plug", _plugged(work, tuned.model)))
+            predictions, logs = _plugged(work, tuned.model)
+            answered = work.answers("vitask_plug", predictions, tuned.note)
+            extras = answered.extras | {"tuning of what is plugged in": logs}
+            yield _with_referable(work, replace(answered, extras=extras))
 
 
-def _plugged(work: "Work", model: "VITask") -> "list[Prediction]":
-    """Each external set with its own task-specific model."""
+def _plugged(work: "Work", model: "VITask") -> "tuple[list[Prediction], dict[str, Any]]":
+    """Each external set with its own task-specific model, and how those trainings went."""
     from vitask.score import Prediction
 
-    done = []
+    done, logs = [], {}
     for name, dataset in work.context.evaluated.items():
         own = work.specialist(datasets={name: dataset}, name=f"tsm-{name}", planned=False)
+        logs[name] = own.note["log"]
         plugged = model.plug(own.model)
         tokens = plugged.tokens(work.image(name, "test"), work.exemplar(own.model)(name, "test"))
         written = plugged.write(name, tokens)
         done.append(Prediction(name, "candidates", plugged.score(name, tokens), written))
-    return done
+    return done, logs
 
 
 def _with_referable(work: "Work", answered: Outcome) -> Outcome:

@@ -3,6 +3,11 @@
 @FORM: tuned with the complete instruction, asked by the form. @no_list_trained: the list of
 possible diagnoses is left out in training too, as in the paper. Everything is answered without the
 exemplar, by constrained scoring among the same answers.
+
+Every form is compared with the same model's complete instruction, and VITask so asked with Van
+alone. VITask against Van asked by another form, which is no row's mark:
+
+    python -m bench compare vitask_without_ep@no_list vanilla@no_list --suite instructions
 """
 
 from collections.abc import Collection, Iterator
@@ -42,8 +47,8 @@ METHODS = {
     for form, what in WHAT.items()
     for kind, text in KINDS.items()
 }
-REFERENCE = {
-    method: f"vanilla@{method.split('@')[1]}" for method in METHODS if method.startswith("vitask")
+REFERENCE = {"vitask_without_ep@complete": "vanilla@complete"} | {
+    f"{kind}@{form}": f"{kind}@complete" for form in WHAT if form != "complete" for kind in KINDS
 }
 PUBLISHED = "vitask_fig4_incomplete_instructions.csv"
 PUBLISHED_NOTE = """\

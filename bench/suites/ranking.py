@@ -37,6 +37,7 @@ TABLES = {
     "positive": "Mean token probability of the true response, right image",
     "negative": "The same, image of another class",
 }
+RANKED = {"ranking_auc": ("positive", "negative")}
 BINS = 50
 
 

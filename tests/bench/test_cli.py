@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from bench import doctor
+from bench import doctor, runs
 from bench.__main__ import app
 from bench.suites import SUITES, suite
 from vitask.recipes import RECIPES, vanilla
@@ -136,7 +136,11 @@ def test_a_failing_suite_does_not_take_the_others_down(plan, monkeypatch):
     assert done.exit_code == 1
     assert "failed: broken: TypeError" in done.output
     assert "Traceback" in done.output  # a fault of ours, not of the user
+    assert "100%" in done.output  # what failed is not waited for
     (csv,) = plan.out.glob("*/cheap.csv")
+    written = {path: path.stat().st_mtime_ns for path in csv.parent.glob("records/cheap-*")}
+    assert bench("run", "broken", "cheap", *words).exit_code == 1
+    assert written == {path: path.stat().st_mtime_ns for path in written}  # it continues
     manifest = json.loads((csv.parent / "run.json").read_text())
     assert {name: entry["finished"] for name, entry in manifest.items()} == {
         "broken": False,
@@ -164,6 +168,39 @@ def test_a_suite_without_its_data_does_not_take_the_others_down(plan, monkeypatc
     assert done.exit_code == 1
     assert "failed: broken: ValueError: labels.csv is missing" in done.output
     assert len(list(plan.out.glob("*/cheap.csv"))) == 1
+
+
+def test_verify_goes_on_after_a_suite_whose_data_are_gone(plan, monkeypatch):
+    def evaluated(plan, datasets):
+        raise ValueError("labels.csv is missing")
+
+    module = type(sys)("away_suite")
+    module.__dict__.update(suite("cheap").__dict__)
+    monkeypatch.setitem(SUITES, "away", "away_suite")
+    monkeypatch.setitem(sys.modules, "away_suite", module)
+    words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
+    assert bench("run", "away", "cheap", *words).exit_code == 0
+    (folder,) = plan.out.iterdir()
+    assert bench("verify", folder).exit_code == 0
+    monkeypatch.setattr(module, "evaluated", evaluated, raising=False)
+    done = bench("verify", folder)
+    assert done.exit_code == 1
+    assert f"{folder}: away was not verified: ValueError: labels.csv is missing" in done.output
+    assert f"{folder}: 3 record(s) of cheap: ok" in done.output
+
+
+@pytest.mark.parametrize(
+    ("file", "read", "advice"),
+    [
+        ("run.json", runs.read_manifest, "put it back, or remove the folder"),
+        (runs.UNFINISHED, runs.unfinished, "remove it: suites that had finished"),
+    ],
+)
+@pytest.mark.parametrize("content", [b'{"cheap": ', b"\xff\xfe{", b"[]", b'{"cheap": 3}'])
+def test_a_damaged_note_of_a_run_is_named(tmp_path, file, read, advice, content):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} is (no JSON|not what a run writes).*; {advice}"):
+        read(tmp_path)
 
 
 def test_what_lacks_something_is_left_out_of_all_and_fails_by_name(plan, monkeypatch):

@@ -1,5 +1,7 @@
 """A suite's own metrics have the same statistics as those of answers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +13,7 @@ from bench.items import Items, means, points
 from bench.metrics import scored
 from bench.stats import bootstrap_weights, swaps
 from bench.suites import corruptions, external, ranking
-from bench.table import _Cell, _resample_lost
+from bench.table import _average, _Cell, _resample_items, _resample_lost
 from vitask.data import load
 from vitask.score import Prediction
 
@@ -110,6 +112,82 @@ def test_ranking_numbers_are_those_of_the_drawn_images(seed):
         for side in (positive, negative)
     ]
     assert found["overlap"][0] == pytest.approx(np.minimum(*shares).sum())
+
+
+def sides(rng: np.random.Generator, count: int = 40) -> Items:
+    return Items({"positive": rng.beta(3, 2, count), "negative": rng.beta(2, 2, count)})
+
+
+RANKED = {"ranking_auc": ("positive", "negative")}
+
+
+def test_a_metric_of_ranks_is_permuted_as_the_auc_of_answers_is(make):
+    found = make("binary-class", count=60, methods=4)
+    swap = swaps("x", 60)
+    items = [
+        Items({"probability": a.probability[:, 1], "referable": a.labels.astype(float)})
+        for a in found
+    ]
+    expected = stats.permuted_differences(found[:2], found[2:], swap)["auc"]
+    ranked = {"referable_auc": ("probability",)}
+    permuted = own.permuted_differences(items[:2], items[2:], external.measured, swap, ranked)
+    np.testing.assert_allclose(permuted["referable_auc"], expected, atol=1e-12)
+
+
+def test_a_metric_of_ranks_is_permuted_whatever_the_scale_of_a_method():
+    """Right and wrong images are ranked together, and what is no metric of ranks stays."""
+    rng = np.random.default_rng(0)
+    ours, theirs, swap = sides(rng), sides(rng), swaps("x", 40)
+    faint = Items({name: array**5 / 9 for name, array in ours.values.items()})
+    measured = ranking.measured
+    first = own.permuted_differences([ours], [theirs], measured, swap, RANKED)
+    second = own.permuted_differences([faint], [theirs], measured, swap, RANKED)
+    np.testing.assert_array_equal(first["ranking_auc"], second["ranking_auc"])
+    alike = own.permuted_differences([ours], [faint], measured, swap, RANKED)["ranking_auc"]
+    np.testing.assert_allclose(alike, 0, atol=1e-12)
+    raw = own.permuted_differences([ours], [theirs], measured, swap)
+    for name in ("overlap", "positive", "negative"):
+        np.testing.assert_array_equal(first[name], raw[name])
+    assert list(first) == list(raw)
+    seen = [points(one, measured)["ranking_auc"][0] for one in (ours, theirs)]
+    none = own.permuted_differences([ours], [theirs], measured, np.zeros((1, 40), bool), RANKED)
+    assert none["ranking_auc"][0] == pytest.approx(seen[0] - seen[1])
+
+
+def test_a_suite_says_which_of_its_metrics_are_of_ranks():
+    rng = np.random.default_rng(2)
+    ours, theirs = sides(rng), sides(rng)
+    faint = Items({name: array**5 for name, array in ours.values.items()})
+    module = SimpleNamespace(**vars(ranking) | {"RANKED": RANKED})
+    found = []
+    for one in (ours, faint):
+        cells = {"crt": _Cell([], {}, [], [one]), "vanilla": _Cell([], {}, [], [theirs])}
+        _resample_items("x", cells, module)
+        found.append(cells["crt"].permuted)
+    np.testing.assert_array_equal(found[0]["ranking_auc"], found[1]["ranking_auc"])
+    assert (found[0]["positive"] != found[1]["positive"]).any()
+
+
+def test_average_counts_images_once_however_many_sets_show_them():
+    """Three corruptions of one dataset weigh as much as the only one of another."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for name in ("a+blur", "a+noise", "a+fog", "b+blur"):
+        cell = _Cell([], {"accuracy": rng.random(2).tolist()}, ["answered"])
+        cell.resampled, cell.permuted = {"accuracy": rng.random(5)}, {"accuracy": rng.random(5)}
+        found[name] = {"tsm": cell}
+    done = _average(found, corruptions)["tsm"]
+
+    def expected(of):
+        a = [of(found[name]["tsm"]) for name in ("a+blur", "a+noise", "a+fog")]
+        return (np.mean(a, axis=0) + of(found["b+blur"]["tsm"])) / 2
+
+    for of in (lambda c: c.points, lambda c: c.resampled, lambda c: c.permuted):
+        one = expected(lambda cell, of=of: np.array(of(cell)["accuracy"]))
+        np.testing.assert_allclose(of(done)["accuracy"], one)
+    plain = _average(found, external)["tsm"]  # there every set shows its own images
+    every = [cells["tsm"].points["accuracy"] for cells in found.values()]
+    np.testing.assert_array_equal(plain.points["accuracy"], np.mean(every, axis=0))
 
 
 def test_a_record_keeps_what_items_are_measured_of():

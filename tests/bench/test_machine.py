@@ -73,7 +73,8 @@ def test_every_peer_is_there_or_missing_with_a_reason():
     assert not set(found) & set(missing)
     named = {
         "ours", "eager", "eager_shared", "eager_functional", "compile", "compile_functional",
-        "torch_linear_cross_entropy", "liger", "liger_one_chunk", "liger_distillation", "cce",
+        "torch_linear_cross_entropy", "liger", "liger_one_chunk", "liger_distillation",
+        "liger_distillation_one_chunk", "cce",
     }  # fmt: skip
     assert set(found) | set(missing) == named
     assert all(missing.values())
@@ -142,7 +143,7 @@ def test_a_peer_that_fails_is_named_and_stops_nobody(monkeypatch):
     inputs = peers.Inputs.random(4, 8, 20, torch.float32, "cpu")
     losses = {"ours": peers.OURS["rda"], "theirs": broken}
     failed = {}
-    rows = list(kernels.compare(losses, "rda", inputs, "cpu", failed))
+    rows = list(kernels.compare(losses, "rda", [inputs], "cpu", failed))
     assert {row["implementation"] for row in rows} == {"ours"}
     assert failed == {"theirs": "OutOfMemoryError: no room"}
 

@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 
 from bench import runs, table
-from bench.checkpoints import kept
 from bench.compare import compare
 from bench.official import write_official
+from bench.page import page
 from bench.plan import Job, plan_of, specs_of
 from bench.progress import Progress
 from bench.record import Record
@@ -161,7 +161,7 @@ def test_fresh_throws_away_the_named_suites_alone(finished):
     manifest = runs.read_manifest(plan.folder)
     other = plan.folder / "records" / "other-x-seed0.json"
     other.write_text("{}")
-    (plan.folder / "run.json").write_text(json.dumps(manifest | {"other": {"records": []}}))
+    (plan.folder / "run.json").write_text(json.dumps(manifest | {"other": manifest["cheap"]}))
     runs.start_over(plan.folder, ["cheap"])
     assert other.is_file()
     assert not (plan.folder / "records" / f"{records[0].name}.json").exists()
@@ -339,6 +339,50 @@ def test_time_left_follows_what_was_worked_not_what_was_there(monkeypatch):
     assert "50%  1:20 passed, about 1:20 left  worked" in text.getvalue()
 
 
+def test_a_suite_that_fails_leaves_nothing_to_wait_for(plan, monkeypatch):
+    """Neither the rest of its seed nor its other seeds."""
+    job, text = Job.of("cheap", replace(plan, seeds=(0, 1))), io.StringIO()
+    whole = job.module.run
+
+    def broken(*asked):
+        yield next(whole(*asked))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(job.module, "run", broken)
+    progress = Progress(6.0 + 1.0, Console(file=text, width=100))  # and a suite of one unit
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runs.run_suite(job, plan.folder, progress, command="python -m bench run cheap")
+    assert text.getvalue().splitlines()[-1].startswith(" 50%")  # one unit is done, one is left
+
+
+def test_the_page_names_all_that_produced_it(finished):
+    plan, records = finished
+    again = [
+        replace(
+            record,
+            seed=1,
+            command=f"{record.command} --seeds 1",
+            commit="5eed1",
+            hardware=record.hardware | {"threads": 64},
+        )
+        for record in records
+    ]
+    text = page(pd.read_csv(plan.folder / "cheap.csv"), [*records, *again], plan.folder)
+    lines = text[text.index("## What produced this") :].splitlines()
+    first, other = records[0], again[0]
+    for what, values in {
+        "command": [f"`{first.command}`", f"`{other.command}`"],
+        "commit": [f"`{first.commit}`", "`5eed1`"],
+    }.items():
+        assert [line for line in lines if line.startswith(f"- {what}:")] == [
+            f"- {what}: {value}" for value in values
+        ]
+    threads = [line for line in lines if line.startswith("- hardware:")]
+    assert len(threads) == 2
+    assert "threads 64," in threads[1]
+    assert "**" not in text[text.index("Nothing is set in bold") : text.index("## What produced")]
+
+
 def test_torn_groups_are_refused(plan, monkeypatch):
     dataset = plan.datasets()["breastmnist"]
     torn = {
@@ -365,23 +409,3 @@ def test_two_methods_compare_as_the_table_does(finished):
         compare(plan.folder, records, "nosy", "vanilla")
     with pytest.raises(ValueError, match="twice"):
         compare(plan.folder, records, "noisy", "noisy")
-
-
-def test_a_model_is_found_by_its_key_under_another_name(tmp_path):
-    def prepare():
-        return lambda: ("weights", {"loss": 1.0})
-
-    def save(model, folder):
-        folder.mkdir()
-        (folder / "model").write_text(model)
-
-    def load(folder):
-        return (folder / "model").read_text()
-
-    how = (prepare, save, load)
-    found = [
-        kept(tmp_path / name, key, "cheap", *how)[1]["found"]
-        for name, key in (("a", "1"), ("b", "1"), ("b", "2"), ("a", "2"), ("a", "1"))
-    ]
-    assert found == [False, True, False, True, True]
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "a.json", "b", "b.json"}

@@ -1,9 +1,11 @@
 """Intervals that cover, tests that hold their level, and shortcuts that equal the long way."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
+from scipy.stats import rankdata
 
 from bench.metrics import Scored, measure
 from bench.stats import (
@@ -11,6 +13,7 @@ from bench.stats import (
     bootstrap_weights,
     holm,
     interval,
+    interval_of,
     p_value,
     permuted_differences,
     resampled,
@@ -36,6 +39,17 @@ def swapped(ours, reference, swap):
     )
 
 
+def ranked(data):
+    """Every class's probabilities as ranks."""
+    return replace(data, probability=rankdata(data.probability, axis=0))
+
+
+def tempered(data):
+    """Other confidence in every class, the same order of images."""
+    powers = 2 + np.arange(data.probability.shape[1])
+    return replace(data, probability=data.probability**powers)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_permutation_equals_exchanging_the_answers(make, task):
     found = make(task, count=40, methods=4)
@@ -46,11 +60,25 @@ def test_permutation_equals_exchanging_the_answers(make, task):
         differences = []
         for a, b in zip(ours, reference, strict=True):
             mine, theirs = measure(swapped(a, b, chosen)), measure(swapped(b, a, chosen))
+            a, b = ranked(a), ranked(b)  # of AUC the ranks are exchanged
+            mine |= {"auc": measure(swapped(a, b, chosen))["auc"]}
+            theirs |= {"auc": measure(swapped(b, a, chosen))["auc"]}
             differences.append({m: (mine[m] - theirs[m])[0] for m in mine})
         assert list(fast) == list(differences[0])
         for metric, values in fast.items():
             expected = np.mean([d[metric] for d in differences])
             np.testing.assert_allclose(values[number], expected, atol=1e-12, err_msg=metric)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_permuted_auc_knows_nothing_of_confidence(make, task):
+    ours, reference = make(task, count=60, methods=2)
+    swap = swaps("toy", 60)
+    expected = permuted_differences([ours], [reference], swap)["auc"]
+    for one, other in ((tempered(ours), reference), (ours, tempered(reference))):
+        np.testing.assert_array_equal(permuted_differences([one], [other], swap)["auc"], expected)
+    alike = permuted_differences([ours], [tempered(ours)], swap)["auc"]
+    np.testing.assert_allclose(alike, 0, atol=1e-12)
 
 
 def test_permutation_when_only_one_of_two_methods_writes(make):
@@ -72,14 +100,17 @@ def test_exact_p_of_a_small_case(make):
 
 
 def test_p_is_uniform_when_nothing_differs(make):
-    p = []
+    p = {"macro_f1": [], "auc": []}
     for seed in range(150):
         ours, reference = make("multi-class", count=60, methods=2, seed=seed)
+        ours = tempered(ours)
         permuted = permuted_differences([ours], [reference], swaps(f"null{seed}", 60)[:400])
-        seen = measure(ours)["macro_f1"][0] - measure(reference)["macro_f1"][0]
-        p.append(p_value(seen, permuted["macro_f1"]))
-    assert np.mean(np.array(p) <= 0.05) < 0.12
-    assert 0.4 < np.mean(p) < 0.6
+        mine, theirs = measure(ours), measure(reference)
+        for metric, found in p.items():
+            found.append(p_value(mine[metric][0] - theirs[metric][0], permuted[metric]))
+    for metric, found in p.items():
+        assert np.mean(np.array(found) <= 0.05) < 0.12, metric
+        assert 0.4 < np.mean(found) < 0.6, metric
 
 
 def test_interval_covers_the_truth(make):
@@ -132,3 +163,58 @@ def test_holm():
 def test_interval_without_values():
     assert np.isnan(interval(np.full(5, np.nan))).all()
     assert interval(np.array([np.nan, 1.0, 1.0])) == (1.0, 1.0)
+
+
+def test_interval_of_a_biased_metric_holds_its_estimate(make):
+    """Of an error whose resamples nearly all lie above it, and of a difference of two."""
+    rng = np.random.default_rng(0)
+    (data,) = make("binary-class", count=150)
+    weights = bootstrap_weights("toy", 150)
+    methods = []
+    for _ in range(2):  # three seeds each, right as often as they say
+        sure = rng.uniform(0.5, 1, (3, 150))
+        right = rng.random((3, 150)) < sure
+        predicted = np.where(right, data.labels, 1 - data.labels)
+        probability = np.where(np.eye(2)[predicted] == 1, sure[..., None], 1 - sure[..., None])
+        methods.append(
+            [
+                replace(data, probability=p, predicted=guess)
+                for p, guess in zip(probability, predicted, strict=True)
+            ]
+        )
+    drawn = [resampled(seeds, weights)["ece"] for seeds in methods]
+    seen = [np.mean([measure(one)["ece"][0] for one in seeds]) for seeds in methods]
+    assert any(interval(values)[0] > one for values, one in zip(drawn, seen, strict=True))
+    for values, one in zip(drawn, seen, strict=True):
+        low, high = interval_of("ece", values, one)
+        assert 0 <= low < one < high
+        assert high - low <= np.diff(interval(values))[0] + 1e-12
+        assert interval_of("accuracy", values, one) == interval(values)
+    low, high = interval_of("ece", drawn[0] - drawn[1], seen[0] - seen[1], (-1.0, 1.0))
+    assert low < seen[0] - seen[1] < high
+
+
+def test_interval_of_a_biased_metric_covers_what_so_many_images_give():
+    """A calibrated method: its mean error over many test sets lies in nearly all their intervals,
+    and in far fewer of those that the resamples' own percentiles give."""
+    rng = np.random.default_rng(1)
+
+    def error(confidence, right, weights):
+        bins = np.eye(15)[np.minimum((confidence * 15).astype(int), 14)]
+        gaps = (bins * (right - confidence)[..., None])[:, None]  # (seeds, 1, n, bins)
+        return np.abs(weights @ gaps).sum(-1).mean((0, 1)) / confidence.shape[1]
+
+    sets = []
+    for _ in range(60):
+        confidence = rng.uniform(0.5, 1, (3, 150))
+        sets.append((confidence, (rng.random((3, 150)) < confidence).astype(float)))
+    seen = [error(*one, np.ones((1, 150)))[0] for one in sets]
+    weights = bootstrap_weights("toy", 150)[:300].astype(float)
+    covered, by_percentiles = 0, 0
+    for one, value in zip(sets, seen, strict=True):
+        drawn = error(*one, weights)
+        low, high = interval_of("ece", drawn, value)
+        covered += low <= np.mean(seen) <= high
+        low, high = interval(drawn)
+        by_percentiles += low <= np.mean(seen) <= high
+    assert covered >= 54 > by_percentiles, (covered, by_percentiles)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 
 from bench import runs, table
 from bench.plan import Job, Plan, plan_of, sized, specs_of
@@ -96,6 +97,9 @@ def test_a_suite_runs_to_its_tables_and_verifies(name, tiny):
         table.write(tiny.folder, records, specs_of(records[0]))
     for record in records:  # it says what its model was made by, beside the suite's own recipe
         kind, _, form = record.method.partition("@")
+        assert name == "main" or "changed" in record.extras
+        if kind == "vitask_plug":
+            assert set(record.extras["tuning of what is plugged in"]) == set(record.data)
         if kind == "vanilla":
             assert record.recipe["exemplar"] is True
             assert record.extras["changed"]["exemplar"] is False
@@ -126,6 +130,18 @@ def test_a_suite_runs_to_its_tables_and_verifies(name, tiny):
     again = Job.of(name, plan_of(records[0], roots=(), allow_unverified=(), folder=tiny.folder))
     assert again.identity() == job.identity()
     assert differences(tiny.folder, records, again.evaluated) == []
+
+
+def test_baselines_rivals_are_the_models_of_the_ablation(tiny):
+    known = runs.read_manifest(tiny.folder) if (tiny.folder / "run.json").is_file() else {}
+    if not {"ablation", "baselines"} <= set(known):
+        pytest.skip("runs after the suites")
+    found = {name: runs.read_records(tiny.folder, name) for name in ("ablation", "baselines")}
+    for method in ("vanilla", "crt", "vanilla_with_ep"):
+        one, other = (next(r for r in rs if r.method == method) for rs in found.values())
+        assert (one.metrics, one.extras) == (other.metrics, other.extras)
+    folders = [p.stem for p in (tiny.folder / "checkpoints").glob("*.json")]
+    assert len([stem for stem in folders if stem in ("study-crt-seed0", "study-ep-seed0")]) == 2
 
 
 def test_suites_share_models_that_are_the_same(tiny):
@@ -195,6 +211,21 @@ def test_exemplars_have_several_patch_tokens():
     assert model.features(np.zeros((1, 28, 28), np.uint8), "all").shape[1] == 16
 
 
+def test_architectures_are_small_for_small_images_and_as_usual_for_large_ones():
+    recipes = suite("architectures").recipes
+    small = {name: own.tsm for name, own in recipes(POCKET).items()}
+    assert small == {
+        "cnn": "test_resnet", "vit_cls": "test_vit", "vit_pooled": "test_vit2",
+        "hybrid": "test_coatnet",
+    }  # fmt: skip
+    paper = RECIPES["paper"]
+    assert recipes(paper)["vit_cls"] == paper
+    for own in recipes(paper).values():
+        weights = timm.get_pretrained_cfg(own.tsm, allow_unregistered=False)
+        assert own.tsm in timm.list_models(pretrained=True)
+        assert weights.input_size == (3, paper.tsm_image_size, paper.tsm_image_size)
+
+
 def test_a_set_without_corruptions_is_named():
     record = SimpleNamespace(
         method="tsm", trained_on={"own": {}}, extras={"severities": {}, "unavailable": {"own": {}}}
@@ -202,3 +233,19 @@ def test_a_set_without_corruptions_is_named():
     ((title, text),) = suite("corruptions").sections([record], None)
     assert "not available here" in title
     assert "| own | – | MedMNIST-C lists none" in text
+
+
+@pytest.mark.parametrize(("size", "why"), [(28, "28"), (224, "has no AlexNet")])
+def test_medmnist_cs_own_errors_are_named_where_they_are_missing(size, why):
+    def missing(metrics):
+        record = SimpleNamespace(
+            trained_on={"own": {"size": size}},
+            extras={"severities": {"own+blur": [0.5]}, "unavailable": {"own": {"ink": "no ink"}}},
+            metrics={"own+blur": {"lost": 0.1} | metrics},
+        )
+        return suite("corruptions").missing(record)
+
+    assert missing({"be": 1.0, "rbe": 1.0}) == [("own", "ink", "no ink")]
+    (ink, (base, what, text)) = missing({})
+    assert (ink[1], base, what) == ("ink", "own", "`be`, `rbe`")
+    assert why in text

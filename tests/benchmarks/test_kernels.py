@@ -15,7 +15,7 @@ from bench.suites.kernels import CPU_TARGET, LARGE, POCKET, shapes
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("ours", "eager", "eager_shared", "eager_functional", "compile", "compile_functional",
          "torch_linear_cross_entropy", "liger", "liger_one_chunk", "liger_distillation",
-         "cce")  # fmt: skip
+         "liger_distillation_one_chunk", "cce")  # fmt: skip
 PLACES = {POCKET: "pocket", CPU_TARGET: "mid"} | {shape: name for name, shape in LARGE.items()}
 
 

@@ -1,6 +1,8 @@
 """External sets in their published file forms: grades, parts, and what is wrong with a folder."""
 
 import json
+import struct
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -53,6 +55,36 @@ def messidor(root):
     )  # fmt: skip
 
 
+def xls(path, rows):
+    """The oldest form of Excel's files that is still read (BIFF2): type, length, content."""
+
+    def record(kind, content):
+        return struct.pack("<HH", kind, len(content)) + content
+
+    found = record(0x09, struct.pack("<HH", 7, 0x10))  # begin of a worksheet
+    for line, row in enumerate(rows):
+        for column, value in enumerate(row):
+            place = struct.pack("<HH3x", line, column)
+            if isinstance(value, str):
+                found += record(0x04, place + bytes([len(value)]) + value.encode())
+            else:
+                found += record(0x03, place + struct.pack("<d", value))
+    path.write_bytes(found + record(0x0A, b""))
+
+
+def messidor_published(root):
+    """Two bases, each with its own XLS file, and photographs without a table."""
+    folder = messidor(root)
+    (folder / "annotations.csv").unlink()
+    header = (
+        "Image name", "Ophthalmologic department", "Retinopathy grade", "Risk of macular edema ",
+    )  # fmt: skip
+    rows = [(f"p{number}.tif", "A", min(grade, 3), 0) for number, grade in enumerate(GRADES)]
+    xls(folder / "Annotation_Base11.xls", [header, *rows[:8]])
+    xls(folder / "Annotation_Base12.xls", [header, *rows[8:]])
+    return folder
+
+
 def read(name, root):
     return external.load(name, RETINA, source="medmnist", roots=[root], size=28)
 
@@ -83,6 +115,30 @@ def test_messidor_asks_five_grades_and_counts_the_last_two_as_one(tmp_path):
     assert answers.texts == RETINA.classes
     assert answers.members.argmax(1).tolist() == [0, 1, 2, 3, 3]
     assert DatasetSpec.of_json(json.loads(json.dumps(asdict(found.spec)))) == found.spec
+
+
+def test_messidor_as_published_is_what_its_tables_as_one_csv_are(tmp_path):
+    pytest.importorskip("xlrd")
+    messidor(tmp_path / "csv")
+    messidor_published(tmp_path / "xls")
+    assert read("messidor", tmp_path / "xls").md5 == read("messidor", tmp_path / "csv").md5
+    table = tmp_path / "xls" / "messidor" / "Annotation_Base12.xls"
+    xls(table, [("Image name", "Retinopathy grade"), ("p1.tif", 1), ("p2.tif", "")])
+    assert [path.name for path, *_ in external.READERS["messidor"](table.parent)][8:] == ["p1.tif"]
+    table.write_text("Image name,Retinopathy grade")
+    with pytest.raises(ValueError, match=r"Annotation_Base12\.xls is no XLS file"):
+        read("messidor", tmp_path / "xls")
+
+
+def test_messidor_as_published_says_what_reads_it(tmp_path, monkeypatch):
+    folder = messidor_published(tmp_path)
+    monkeypatch.setitem(sys.modules, "xlrd", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=r"Annotation_Base11\.xls .*pip install xlrd"):
+        read("messidor", tmp_path)
+    for path in folder.glob("*.xls"):
+        path.unlink()
+    with pytest.raises(ValueError, match="neither the published XLS files nor an annotations"):
+        read("messidor", tmp_path)
 
 
 def test_the_centre_square_is_what_is_left(tmp_path):

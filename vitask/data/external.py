@@ -5,9 +5,10 @@ Grades 0 to 4 are RetinaMNIST's. What belongs to a set lies in a folder of its n
     aptos2019   train.csv (id_code, diagnosis), train_images/ID.png
     idrid       "B. Disease Grading" as it is unpacked
     messidor2   messidor_data.csv (image_id, adjudicated_dr_grade, adjudicated_gradable), images/
-    messidor    annotations.csv (Image name, Retinopathy grade 0-3), images/. The published XLS
-                files, saved as one CSV; grade 3 there is severe or proliferative, so that the
-                answers of RetinaMNIST's grades 3 and 4 are one class, which is no exact map
+    messidor    the published XLS files, one a base (Image name, Retinopathy grade 0-3), read with
+                xlrd, or all of them saved as one annotations.csv; images/. Grade 3 there is severe
+                or proliferative, so that the answers of RetinaMNIST's grades 3 and 4 are one
+                class, which is no exact map
 
 Images are cut to their centre square and made `size` pixels. IDRiD keeps its own test part;
 others are divided by a fixed seed, stratified by grade: 60 % train, 10 % val, 30 % test.
@@ -122,7 +123,11 @@ def _messidor2(folder: Path) -> Labelled:
 
 
 def _messidor(folder: Path) -> Labelled:
-    table = _table(folder / "annotations.csv", ("Image name", "Retinopathy grade"))
+    columns = ("Image name", "Retinopathy grade")
+    files = sorted(folder.glob("*.xls")) or sorted(folder.glob("annotations.csv"))
+    if not files:
+        raise ValueError(f"{folder} has neither the published XLS files nor an annotations.csv")
+    table = pd.concat([_table(file, columns)[[*columns]] for file in files])
     rows = zip(table["Image name"], table["Retinopathy grade"], strict=True)
     return [(_image(folder / "images", Path(str(n)).stem), int(grade), "") for n, grade in rows]
 
@@ -136,14 +141,29 @@ READERS: dict[str, Callable[[Path], Labelled]] = {
 
 
 def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV by its column names, whose stray blanks are cut off; rows without a grade are none."""
+    """A CSV or XLS by its column names, whose stray blanks are cut off; rows without a grade are
+    none."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing; expected a CSV with {', '.join(columns)}")
-    table = pd.read_csv(path)
+        raise ValueError(f"{path} is missing; expected a table with {', '.join(columns)}")
+    table = _xls(path) if path.suffix == ".xls" else pd.read_csv(path)
     table.columns = [str(column).strip() for column in table.columns]
     if lacking := [column for column in columns if column not in table.columns]:
         raise ValueError(f"{path} lacks the column(s) {lacking}; it has {list(table.columns)}")
     return table.dropna(subset=list(columns))
+
+
+def _xls(path: Path) -> pd.DataFrame:
+    """The first sheet, under the names in its first row; empty cells are none."""
+    try:
+        import xlrd
+    except ImportError as error:  # optional: MESSIDOR alone needs it
+        raise ValueError(f"{path} needs xlrd to be read: pip install xlrd") from error
+    try:  # not by pandas, which gives xlrd up
+        sheet = xlrd.open_workbook(path).sheet_by_index(0)
+    except xlrd.XLRDError as error:
+        raise ValueError(f"{path} is no XLS file: {error}") from error
+    header, *rows = (sheet.row_values(number) for number in range(sheet.nrows))
+    return pd.DataFrame([[None if v == "" else v for v in row] for row in rows], columns=header)
 
 
 def _image(folder: Path, stem: str) -> Path:

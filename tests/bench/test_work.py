@@ -1,0 +1,150 @@
+"""What suites of a run share, and find again after a kill."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.checkpoints import kept
+from bench.plan import Plan, sized
+from bench.suites import Context, suite
+from bench.work import Work
+from vitask.recipes import POCKET, Study
+
+ROOT = Path(__file__).parents[2]
+SUITES = ("ablation", "calibration")  # need the same three models
+MODELS = 7
+# `python -m bench` with one more recipe: two suites in seconds.
+TINY = """
+import runpy
+from dataclasses import replace
+from vitask.recipes import POCKET, RECIPES, Study
+
+small = {"stage1_epochs": 1, "stage2_epochs": 1, "tsm_epochs": 1}
+RECIPES["tiny"] = replace(
+    POCKET,
+    name="tiny",
+    phantom_samples=(16, 8, 8),
+    phantom_study=Study(datasets=("breastmnist",), train_limit=12, **small),
+)
+runpy.run_module("bench", run_name="__main__")
+"""
+
+
+def started(out: Path) -> subprocess.Popen:
+    words = ["run", *SUITES, "--recipe", "tiny", "--out", str(out)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, "-c", TINY, *words], cwd=ROOT, **quiet)
+
+
+def killed_with(out: Path, models: int, seconds: float) -> dict[Path, int]:
+    """A run that is killed so long after so many models; what it left whole, and when written."""
+    with started(out) as process:
+        while len(list(out.glob("*/checkpoints/*.json"))) < models:
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(seconds)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    whole = [*out.glob("*/checkpoints/*.json"), *out.glob("*/records/*.json")]
+    return {path: path.stat().st_mtime_ns for path in whole}
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Every file but the models; records without seconds and memory."""
+    found = {}
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        content, name = path.read_bytes(), path.relative_to(out).as_posix()
+        if path.parent.name == "records":
+            record = json.loads(content)
+            record.pop("measured")
+            content = json.dumps(record).encode()
+        if "/checkpoints/" not in name:
+            found[name] = content
+    return found
+
+
+def test_killed_in_the_middle_of_suites_that_share_models(tmp_path):
+    """It ends with the files of an undisturbed run, and does nothing twice."""
+    with started(tmp_path / "whole") as process:
+        pass
+    assert process.returncode == 0
+    rng, before = np.random.default_rng(0), dict[Path, int]()
+    for models in (rng.integers(1, 4), rng.integers(4, MODELS + 1)):
+        before |= killed_with(tmp_path / "again", models, rng.uniform(0, 0.3))
+    with started(tmp_path / "again") as process:
+        pass
+    assert process.returncode == 0
+    assert before.items() == {path: path.stat().st_mtime_ns for path in before}.items()
+    expected, found = results(tmp_path / "whole"), results(tmp_path / "again")
+    assert {f"tiny-phantom/{name}.{kind}" for name in SUITES for kind in ("csv", "md")} < set(found)
+    assert found == expected
+
+
+@pytest.fixture
+def limited(tmp_path):
+    """Eight images of a suite's 32 or 12: as many, and others."""
+    return Plan(
+        recipe=replace(
+            POCKET,
+            train_limit=32,
+            phantom_samples=(40, 8, 8),
+            phantom_study=Study(datasets=("breastmnist",), train_limit=12),
+        ),
+        source="phantom",
+        names=("breastmnist",),
+        limit=8,
+        out=tmp_path,
+    )
+
+
+def test_features_are_shared_by_the_same_images_and_not_by_as_many(limited):
+    class Silent:
+        def note(self, text):
+            assert text
+
+    def work_of(name):
+        plan = sized(limited, suite(name))
+        data = plan.datasets()
+        context = Context(name, plan.recipe, data, data, limited.out, {}, "cpu", Silent())
+        context.cache = cache
+        return Work(context, 0)
+
+    cache = {}
+    main, ablation, other = work_of("main"), work_of("ablation"), work_of("calibration")
+    images = [w.datasets["breastmnist"].splits["train"].images for w in (main, ablation)]
+    assert images[0].shape == images[1].shape
+    assert (images[0] != images[1]).any()
+    features = [w.image("breastmnist", "train") for w in (main, ablation)]
+    assert not torch.equal(*features)
+    for seen, own in zip(features, images, strict=True):
+        torch.testing.assert_close(seen, main.untuned.vlm.image_features(own))
+    assert other.image is ablation.image
+    assert ablation.self_check.keys() == {"breastmnist"}
+
+
+def test_a_model_is_found_by_its_key_under_another_name(tmp_path):
+    def prepare():
+        return lambda: ("weights", {"loss": 1.0})
+
+    def save(model, folder):
+        folder.mkdir()
+        (folder / "model").write_text(model)
+
+    def load(folder):
+        return (folder / "model").read_text()
+
+    how = (prepare, save, load)
+    found = [
+        kept(tmp_path / name, key, "cheap", *how)[1]["found"]
+        for name, key in (("a", "1"), ("b", "1"), ("b", "2"), ("a", "2"), ("a", "1"))
+    ]
+    assert found == [False, True, False, True, True]
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a.json", "b", "b.json"}
