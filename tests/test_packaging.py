@@ -17,12 +17,11 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = ("bench", "kernels", "vitask")
 REQUIRED = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
-EXTRAS = [
-    Requirement(line)
-    for lines in PROJECT["project"]["optional-dependencies"].values()
-    for line in lines
-]
-PEERS = [Requirement(line) for line in PROJECT["project"]["optional-dependencies"]["peers"]]
+EXTRAS = {
+    name: [Requirement(line) for line in lines]
+    for name, lines in PROJECT["project"]["optional-dependencies"].items()
+}
+OPTIONAL = {"bench": "peers", "vitask": "xls"}  # imported where they are there
 PINS = {
     canonicalize_name(name): version
     for name, version in (
@@ -60,7 +59,10 @@ def test_our_version_stays_out_of_the_range_of_the_hub_package():
     assert "__version__" not in (ROOT / "kernels" / "__init__.py").read_text()
 
 
-@pytest.mark.parametrize("requirement", [*REQUIRED, *EXTRAS], ids=lambda r: r.name)
+ALL = {r.name: r for r in [*REQUIRED, *sum(EXTRAS.values(), [])]}
+
+
+@pytest.mark.parametrize("requirement", ALL.values(), ids=ALL)
 def test_constraints_lie_in_the_ranges(requirement):
     pinned = PINS.get(canonicalize_name(requirement.name))
     assert pinned, f"{requirement.name} has no pin in constraints.txt"
@@ -78,7 +80,7 @@ def imported(package: str) -> set[str]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_import_is_a_declared_dependency(package):
     distributions = packages_distributions()
-    optional = PEERS if package == "bench" else []  # imported where they are there
+    optional = EXTRAS.get(OPTIONAL.get(package, ""), [])
     declared = {canonicalize_name(r.name) for r in [*REQUIRED, *optional]}
     if package == "bench":
         declared.add("medmnistc")  # its pins contradict ours: bench/corruption.py says how it comes
