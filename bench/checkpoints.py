@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench.record import peak_mib, reset_peak, write_text
+from bench.record import write_text
+from bench.speed import Held
 
 Model = TypeVar("Model")
 
@@ -22,7 +23,8 @@ def kept(
 ) -> tuple[Model, dict[str, Any]]:
     """The model of this content key, whatever its name, and its note.
 
-    The note holds log, seconds and peak_mib of its training.
+    The note holds log and seconds of its training, and peak_mib, what that held beyond what was
+    there before.
 
     One that is not there is trained and saved. `prepare` gives the function that trains it, whose
     seconds are counted; what models share is computed before. The note is written last, so a
@@ -38,13 +40,13 @@ def kept(
     discard(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     train = prepare()
-    reset_peak()
     start = time.perf_counter()
-    model, log = train()
+    with Held() as held:
+        model, log = train()
     seconds = round(time.perf_counter() - start, 2)
     save(model, folder)
     note = {"key": key, "suite": suite, "log": log}
-    note |= {"seconds": seconds, "peak_mib": round(peak_mib())}
+    note |= {"seconds": seconds, "peak_mib": round(held.mib)}
     write_text(path, json.dumps(note, indent=1) + "\n")
     return load(folder), json.loads(path.read_text()) | {"found": False}
 

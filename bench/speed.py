@@ -4,15 +4,18 @@ Milliseconds: median, 20 % and 80 % quantile over rounds in which all variants t
 a machine that warms up or is busy for a while treats them alike. On CUDA between events on the
 stream, with the caches flushed before each; on the CPU wall-clock.
 Memory: the largest sum of what was allocated and not yet freed during one call, beyond what was
-there before: by CUDA's own counter, on the CPU by the profiler's allocation events.
+there before: by CUDA's own counter, on the CPU by the profiler's allocation events. Of work that
+takes too long for a profiler: by the system's counter of the process.
 """
 
+import ctypes
 import gc
 import platform
 import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +23,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from bench.record import peak_mib as peak_of_process_mib
+from bench.record import reset_peak
 
 MIB = 2**20
 FLUSHED = 256 * MIB  # bytes written before a measurement on CUDA: more than any L2 cache
@@ -107,6 +113,33 @@ def peak_mib(call: Callable[[], object], device: str) -> float:
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = np.cumsum([0, *(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))])
     return float(held.max()) / MIB
+
+
+class Held:
+    """With it: the largest memory that the work inside held beyond what was held before, MiB.
+
+    On CUDA the allocator's count; else the pages of the process, after what was freed before has
+    been given back to the system (with glibc; elsewhere it hides what is allocated in its place).
+    """
+
+    mib = 0.0
+
+    def __enter__(self) -> "Held":
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated() / MIB
+        else:
+            with suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)
+            reset_peak()
+            self._before = peak_of_process_mib()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        cuda = torch.cuda.is_available()
+        most = torch.cuda.max_memory_allocated() / MIB if cuda else peak_of_process_mib()
+        self.mib = most - self._before
 
 
 def device_name() -> str:

@@ -34,7 +34,7 @@ TABLES = {
     "parameters_trained": "Parameters that are trained",
     "parameters_total": "Parameters that an answer needs",
     "training_seconds": "Seconds of training",
-    "training_peak_mib": "Largest memory of the whole process by the end of training, MiB",
+    "training_peak_mib": "Largest memory that training held beyond what was there before, MiB",
     "images_per_second": "Images per second, from pixels to class scores",
 }
 MEASURED = ("training_seconds", "training_peak_mib", "images_per_second")

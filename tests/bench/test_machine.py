@@ -56,6 +56,20 @@ def test_memory_is_what_a_call_holds_at_most():
     assert speed.peak_mib(call, DEVICE) == pytest.approx(8, rel=0.1)
 
 
+def test_memory_of_long_work_is_what_it_holds_beyond_what_was_there():
+    kept = torch.ones(2**24, device=DEVICE)  # 64 MiB from before
+    with speed.Held() as held:
+        work = kept + 1
+        work = work * 2  # old and new at once: 128 MiB
+    assert held.mib == pytest.approx(128, rel=0.1)
+    freed = torch.ones(2**24, device=DEVICE)
+    del freed, work
+    with speed.Held() as held:
+        again = kept + 1  # in what was freed
+    assert held.mib == pytest.approx(64, rel=0.1)
+    assert again.sum() > 0
+
+
 @pytest.mark.parametrize("implementation", ["ours", "eager", "eager_shared", "eager_functional"])
 @pytest.mark.parametrize("operation", peers.OPERATIONS)
 def test_implementations_compute_the_same_loss_and_gradient(implementation, operation):

@@ -175,9 +175,10 @@ def test_suites_train_on_their_own_datasets_unless_some_are_chosen(name, expecte
     assert sized(chosen, suite(name)).recipe.name == POCKET.name
 
 
-@pytest.mark.parametrize(("name", "expected"), [("main", (0, 1, 2)), ("ablation", (0, 1))])
+@pytest.mark.parametrize(("name", "expected"), [("main", (0, 1, 2)), ("ablation", (4, 5))])
 def test_suites_run_the_recipes_seeds_unless_some_are_chosen(name, expected):
-    plan = Plan(recipe=POCKET, source="medmnist", names=POCKET.medmnist_datasets)
+    recipe = replace(POCKET, medmnist_study=replace(POCKET.medmnist_study, seeds=(4, 5)))
+    plan = Plan(recipe=recipe, source="medmnist", names=POCKET.medmnist_datasets)
     assert sized(plan, suite(name)).seeds == expected
     assert sized(replace(plan, seeds=(0, 1, 2)), suite(name)).seeds == (0, 1, 2)
     assert sized(replace(plan, source="phantom"), suite(name)).seeds == (0,)
