@@ -92,11 +92,13 @@ class Progress:
         """What the bar says, where there is no terminal."""
         if not self._console.is_terminal:
             passed = time.monotonic() - self._start
-            left = passed / self._done * max(self._units - self._done, 0) if self._done else 0
             share = min(self._done / self._units, 1) if self._units > 0 else 1
+            left = ""  # nothing is known before something was done
+            if self._done:
+                seconds = passed / self._done * max(self._units - self._done, 0)
+                left = f", about {_clock(seconds)} left"
             self._console.print(
-                f"{share:4.0%}  {_clock(passed)} passed, about {_clock(left)} left  {text}",
-                highlight=False,
+                f"{share:4.0%}  {_clock(passed)} passed{left}  {text}", highlight=False
             )
 
     def note(self, text: str) -> None:
