@@ -18,6 +18,7 @@ from bench.cli import (
     Unverified,
     check_known,
     clean,
+    data_folders,
     is_our_error,
     must_resolve,
     split_names,
@@ -87,7 +88,7 @@ def run(
         return
     check_known("recipe", recipe, RECIPES)
     check_known("data source", data, SOURCES)
-    roots, chosen = tuple(data_root or ()), RECIPES[recipe]
+    roots, chosen = data_folders(data_root), RECIPES[recipe]
     own = chosen.datasets(data)
     names = _in_order(split_names(datasets) or own, own)
     must_resolve(
@@ -226,7 +227,7 @@ def show(data_root: Roots = None) -> None:
             f"  {recipe.name:20} VLM {recipe.vlm}, TSM {recipe.tsm}, {recipe.source_size} px"
         )
     typer.echo("datasets (the first 12 also as phantom)")
-    for spec in specs("medmnist", tuple(data_root or ())).values():
+    for spec in specs("medmnist", data_folders(data_root)).values():
         kind = f"{len(spec.classes)} classes, {spec.task}"
         typer.echo(f"  {spec.name:20} {spec.modality}, {kind}, {spec.license}")
 
@@ -265,6 +266,7 @@ def verify(
     from bench.verify import differences, strays
 
     found: list[str] = []
+    roots = data_folders(data_root)
     for folder in _runs(folders, out):
         loaded: dict[Any, dict[str, Dataset]] = {}
         for records in _suites(folder, found):
@@ -272,7 +274,7 @@ def verify(
             try:
                 plan = plan_of(
                     records[0],
-                    roots=data_root or (),
+                    roots=roots,
                     allow_unverified=split_names(allow_unverified),
                     folder=folder,
                 )

@@ -46,6 +46,14 @@ def clean(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def data_folders(data_root: list[Path] | None) -> tuple[Path, ...]:
+    """The data roots, all of which are there."""
+    for root in data_root or ():
+        if not root.is_dir():
+            raise ValueError(f"--data-root {root} is no folder; expected one that holds .npz files")
+    return tuple(data_root or ())
+
+
 def split_names(text: str) -> tuple[str, ...]:
     """a, b and c of "a,b,c", each once."""
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))

@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from bench.cli import FAILED, Roots, Unverified, check_known, clean, must_resolve, split_names
+from bench.cli import (
+    FAILED,
+    Roots,
+    Unverified,
+    check_known,
+    clean,
+    data_folders,
+    must_resolve,
+    split_names,
+)
 
 data_app = typer.Typer(help="Fetch and check the data.", no_args_is_help=True)
 
@@ -43,7 +52,7 @@ def check(
     from vitask.data.check import duplicates
 
     check_known("data source", data, SOURCES)
-    roots = tuple(data_root or ())
+    roots = data_folders(data_root)
     names = split_names(datasets) or _there(data, roots, size)
     must_resolve(
         lambda: [spec(name, roots=roots) for name in (*names, *split_names(allow_unverified))]

@@ -95,8 +95,10 @@ def test_misuse_exits_2_and_names_the_nearest(words, message):
         ["verify", "nowhere"],
         ["predict", "nowhere", "nowhere"],
         ["data", "check", "--data-root", "nowhere"],
+        ["list", "--data-root", "nowhere"],
+        ["run", "ablation", "--data", "medmnist", "--data-root", "nowhere"],
     ],
-    ids=lambda words: words[0],
+    ids=" ".join,
 )
 def test_what_is_not_there_exits_1_with_one_message(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
