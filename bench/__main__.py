@@ -211,6 +211,7 @@ def show(data_root: Roots = None) -> None:
     from vitask.data import specs
     from vitask.recipes import RECIPES
 
+    roots = data_folders(data_root)
     typer.echo("suites")
     for name in SUITES:
         module = suite(name)
@@ -227,7 +228,7 @@ def show(data_root: Roots = None) -> None:
             f"  {recipe.name:20} VLM {recipe.vlm}, TSM {recipe.tsm}, {recipe.source_size} px"
         )
     typer.echo("datasets (the first 12 also as phantom)")
-    for spec in specs("medmnist", data_folders(data_root)).values():
+    for spec in specs("medmnist", roots).values():
         kind = f"{len(spec.classes)} classes, {spec.task}"
         typer.echo(f"  {spec.name:20} {spec.modality}, {kind}, {spec.license}")
 

@@ -224,6 +224,7 @@ def test_what_lacks_something_is_left_out_of_all_and_fails_by_name(plan, monkeyp
 
 def test_the_recorded_command_names_no_paths(plan):
     words = ["run", "cheap", "--recipe", "tiny", "--data-root", plan.out / "data", "--resume"]
+    (plan.out / "data").mkdir(parents=True)
     words += [f"--out={plan.out}", "--datasets", "breastmnist"]
     sys.argv[1:] = [str(word) for word in words]
     assert bench(*words).exit_code == 0
