@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_our_version_stays_out_of_the_range_of_the_hub_package():
     assert "__version__" not in (ROOT / "kernels" / "__init__.py").read_text()
 
 
-ALL = {r.name: r for r in [*REQUIRED, *sum(EXTRAS.values(), [])]}
+ALL = {r.name: r for r in chain(REQUIRED, *EXTRAS.values())}
 
 
 @pytest.mark.parametrize("requirement", ALL.values(), ids=ALL)
