@@ -6,7 +6,10 @@ see a custom operation; plain eager calls take the same two functions through au
 `Function`, which spares them the dispatcher: 0.4 ms a step, as much as a small loss takes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -14,14 +17,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.chunked import chunked_rows
-from kernels.problem import Problem, RowResult, Wanted, check_values, counted, slots
+from kernels.problem import Problem, Result, Wanted
+
+# The fields of `Problem`, those of `Wanted`, and which implementation: "cpu" or "triton".
+INPUTS = (
+    "Tensor hidden, Tensor exemplar, Tensor? exemplar_rows, Tensor negative, "
+    "Tensor? negative_rows, Tensor weight, Tensor labels, float[] weights, "
+    "bool detach_exemplar, bool mean, bool[] wanted, str implementation"
+)
+TENSORS = 7  # of them
 
 
-def _rows(
+def _split(inputs: tuple[Any, ...]) -> tuple[Problem, Wanted, str]:
+    *fields, wanted, implementation = inputs
+    return Problem(*fields), Wanted(*wanted), implementation
+
+
+def _computed(
     implementation: str, problem: Problem, wanted: Wanted, row_scale: Tensor | None = None
-) -> RowResult:
+) -> Result:
     """What the named implementation computes, in its own dtypes whatever autocast says."""
-    with torch.autocast(problem.hidden.device.type, enabled=False):
+    device = problem.hidden.device.type
+    as_is = not torch.is_autocast_enabled(device)
+    with nullcontext() if as_is else torch.autocast(device, enabled=False):
         if implementation == "cpu":
             return chunked_rows(problem, wanted, row_scale)
         from kernels.rows import triton_rows  # where there is no Triton, the rest works
@@ -29,258 +47,174 @@ def _rows(
         return triton_rows(problem, wanted, row_scale)
 
 
-def _forward(
-    hidden: Tensor,
-    exemplar_hidden: Tensor,
-    exemplar_rows: Tensor | None,
-    negative_hidden: Tensor,
-    negative_rows: Tensor | None,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Sequence[float],
-    detach_exemplar: bool,
-    mean: bool,
-    wanted: Sequence[bool],
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Total () and parts (4,), or (rows,) and (4, rows); gradients of the rows and of the head.
 
-    weights: of response, exemplar, rda and crt in the total. Absent branches have no rows.
-    wanted:  the fields of `Wanted`. Gradients are those of the total (without `mean`: of its
-             sum), in the dtype that is computed in. Without `mean` the head's own gradient
-             depends on what comes from above and is left to the backward pass.
+    Gradients are those of the total (without `mean`: of its sum), in the dtype that is computed
+    in. Without `mean` the head's own gradient depends on what comes from above and is left to the
+    backward pass.
     """
-    if implementation == "cpu":  # here, so that compiled graphs raise as well
-        check_values(labels, weight, hidden, exemplar_rows, negative_rows)
-    problem = _problem(
-        hidden, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows, weight, labels,
-        weights, detach_exemplar,
-    )  # fmt: skip
-    numbers = _numbers(problem)
-    if mean:
-        # Factors relative to one counted base row. 1/rows itself is applied to the finished
-        # gradients: in it, float16 logits would underflow.
-        problem = problem._replace(factors=problem.factors * numbers[0] / numbers)
-    want = Wanted(*wanted)
-    result = _rows(implementation, problem, want if mean else want._replace(weight=False))
-    losses = result.losses
-    row_gradient = losses.new_empty(0, hidden.shape[1]) if result.hidden is None else result.hidden
-    head_gradient = losses.new_empty(0) if result.weight is None else result.weight
-    if mean:
-        losses = losses.sum(dim=1) / numbers
-        row_gradient.div_(numbers[0])
-        head_gradient.div_(numbers[0])
-    total = sum(w * part for w, part in zip(weights, losses, strict=True) if w)
-    return total, losses, row_gradient, head_gradient
-
-
-def _scaled(
-    above: Tensor,
-    row_gradient: Tensor,
-    head_gradient: Tensor,
-    hidden: Tensor,
-    exemplar_hidden: Tensor,
-    exemplar_rows: Tensor | None,
-    negative_hidden: Tensor,
-    negative_rows: Tensor | None,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Sequence[float],
-    detach_exemplar: bool,
-    mean: bool,
-    wanted: Sequence[bool],
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden, exemplar, negative rows and head; empty for those not computed."""
-    per_row = above.expand(len(hidden))
-
-    def scaled(gradient: Tensor, rows: Tensor | None) -> Tensor:
-        if len(gradient) == 0:  # of an absent branch, or not wanted
-            return hidden.new_empty(gradient.shape)
-        factor = per_row if rows is None else per_row[rows.clamp(0, len(per_row) - 1)]
-        return (gradient * factor[:, None]).to(hidden.dtype)
-
-    ends = (len(hidden), len(hidden) + len(negative_hidden))
-    base, negative, exemplar = row_gradient.tensor_split(ends)
-    if not wanted[Wanted._fields.index("weight")]:
-        of_weight = weight.new_empty(0)
-    elif mean:  # `above` is one number
-        of_weight = (head_gradient * above).to(weight.dtype)
-    else:  # each row's part is scaled by its own: computed anew
-        problem = _problem(
-            hidden, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows, weight, labels,
-            weights, detach_exemplar,
-        )  # fmt: skip
-        only = Wanted(hidden=False, exemplar=False, weight=True)
-        anew = _rows(implementation, problem, only, above.to(problem.dtype)).weight
-        assert anew is not None
-        of_weight = anew.to(weight.dtype)
-    return (
-        scaled(base, None),
-        scaled(exemplar, exemplar_rows),
-        scaled(negative, negative_rows),
-        of_weight,
-    )
-
-
-def _problem(
-    hidden: Tensor,
-    exemplar_hidden: Tensor,
-    exemplar_rows: Tensor | None,
-    negative_hidden: Tensor,
-    negative_rows: Tensor | None,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Sequence[float],
-    detach_exemplar: bool,
-) -> Problem:
-    """The rows, and for each base row its rows in the branches."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return Problem(
-        hidden,
-        negative_hidden,
-        exemplar_hidden,
-        weight,
-        labels,
-        slots(negative_rows, len(negative_hidden), hidden),
-        slots(exemplar_rows, len(exemplar_hidden), hidden),
-        # no torch.tensor(weights): a copy from the host would break a graph capture
-        torch.stack([torch.full((), w, dtype=dtype, device=hidden.device) for w in weights]),
-        detach_exemplar,
-    )
-
-
-def _numbers(problem: Problem) -> Tensor:
-    """(4,): how many rows count in each loss, 1 for none, in the dtype that is computed in.
-
-    The number of an absent branch, whose losses are zeros, is that of the base rows.
-    """
-    use = counted(problem.labels)
-    base = use.sum()
-    exemplar = (use & (problem.exemplar_of >= 0)).sum() if len(problem.exemplar) else base
-    negative = (use & (problem.negative_of >= 0)).sum() if len(problem.negative) else base
-    numbers = torch.stack([base, exemplar, exemplar, negative])
-    return numbers.clamp(min=1).to(problem.dtype)
-
-
-joint_loss_op = torch.library.custom_op("vitask::joint_loss", _forward, mutates_args=())
-joint_loss_backward_op = torch.library.custom_op(
-    "vitask::joint_loss_backward", _scaled, mutates_args=()
-)
-
-
-@joint_loss_op.register_fake
-def _(
-    hidden: Tensor,
-    exemplar_hidden: Tensor,
-    exemplar_rows: Tensor | None,
-    negative_hidden: Tensor,
-    negative_rows: Tensor | None,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Sequence[float],
-    detach_exemplar: bool,
-    mean: bool,
-    wanted: Sequence[bool],
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    like = hidden.new_empty(0, dtype=dtype)
-    want = Wanted(*wanted)
-    rows, width = hidden.shape
-    shape = () if mean else (rows,)
-    kept = rows + len(negative_hidden) + (len(exemplar_hidden) if want.exemplar else 0)
-    return (
-        like.new_empty(shape),
-        like.new_empty((4, *shape)),
-        like.new_empty(kept if want.hidden or want.exemplar else 0, width),
-        like.new_empty(weight.shape if want.weight and mean else (0,)),
-    )
-
-
-@joint_loss_backward_op.register_fake
-def _(
-    above: Tensor,
-    row_gradient: Tensor,
-    head_gradient: Tensor,
-    hidden: Tensor,
-    exemplar_hidden: Tensor,
-    exemplar_rows: Tensor | None,
-    negative_hidden: Tensor,
-    negative_rows: Tensor | None,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Sequence[float],
-    detach_exemplar: bool,
-    mean: bool,
-    wanted: Sequence[bool],
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    counts: tuple[int, ...] = (0, 0, 0)
-    if len(row_gradient) > 0:
-        exemplars = len(row_gradient) - len(hidden) - len(negative_hidden)
-        counts = (len(hidden), exemplars, len(negative_hidden))
-    gradients = (hidden.new_empty(count, hidden.shape[1]) for count in counts)
-    return *gradients, weight.new_empty(weight.shape if Wanted(*wanted).weight else (0,))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, parts, row_gradient, head_gradient = output
-    ctx.mark_non_differentiable(parts, row_gradient, head_gradient)
-    _keep(ctx, inputs, row_gradient, head_gradient)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], *gradients: Tensor) -> None:
-    """What the backward pass needs; gradients that nobody asks for stay None."""
-    *tensors, weights, detach_exemplar, mean, wanted, implementation = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *gradients)
-    ctx.settings = weights, detach_exemplar, mean, wanted, implementation
+    problem, wanted, implementation = _split(inputs)
+    now = wanted if problem.mean else wanted._replace(weight=False)
+    result = _computed(implementation, problem, now)
+    weighted = zip(problem.weights, result.losses, strict=True)
+    total = reduce(add, (weight * part for weight, part in weighted if weight))
+    return total, *result
 
 
 def _backward(
-    ctx: Any, above: Tensor | None, *_: None, scaled: Callable[..., Any] = joint_loss_backward_op
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs, in their order: None for those that have none."""
-    if above is None:
-        return (None,) * 12
-    *tensors, row_gradient, head_gradient = ctx.saved_tensors
-    wanted, negatives = Wanted(*ctx.settings[3]), len(tensors[3])
-    of_hidden, of_exemplar, of_negative, of_weight = scaled(
-        above, row_gradient, head_gradient, *tensors, *ctx.settings
-    )
-    return (
-        of_hidden if wanted.hidden else None,
-        of_exemplar if wanted.exemplar else None,
-        None,
-        of_negative if wanted.hidden and negatives else None,
-        None,
-        of_weight if wanted.weight else None,
-        *(None,) * 6,
-    )
+    above: Tensor, row_gradient: Tensor | None, head_gradient: Tensor | None, *inputs: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, exemplar and negative rows and of the head; None for those not wanted.
+
+    above: of the total, () or (rows,); row_gradient, head_gradient: as `_forward` gave them
+    """
+    problem, wanted, implementation = _split(inputs)
+    ends = _ends(problem)
+
+    def scaled(start: int, end: int, own: Tensor | None) -> Tensor:
+        assert row_gradient is not None
+        gradient = row_gradient[start:end]
+        if problem.mean:  # `above` is one number
+            return (gradient * above).to(problem.hidden.dtype)
+        factor = above if own is None else above[own.clamp(0, len(above) - 1)]
+        return (gradient * factor[:, None]).to(problem.hidden.dtype)
+
+    of_hidden = of_exemplar = of_negative = of_weight = None
+    if wanted.hidden:
+        of_hidden = scaled(0, ends[0], None)
+        if ends[1] > ends[0]:
+            of_negative = scaled(ends[0], ends[1], problem.negative_rows)
+    if wanted.exemplar:
+        of_exemplar = scaled(ends[1], ends[2], problem.exemplar_rows)
+    if wanted.weight and problem.mean:
+        assert head_gradient is not None
+        of_weight = (head_gradient * above).to(problem.weight.dtype)
+    elif wanted.weight:  # each row's part is scaled by its own: computed anew
+        only = Wanted(hidden=False, exemplar=False, weight=True)
+        anew = _computed(implementation, problem, only, above.to(problem.dtype)).weight
+        assert anew is not None
+        of_weight = anew.to(problem.weight.dtype)
+    return of_hidden, of_exemplar, of_negative, of_weight
 
 
-joint_loss_op.register_autograd(_backward, setup_context=_setup)
+def _given(problem: Problem, wanted: Wanted) -> tuple[bool, bool, bool, bool]:
+    """Which of the gradients of `_backward` are not None."""
+    negative = wanted.hidden and len(problem.negative) > 0
+    return wanted.hidden, wanted.exemplar, negative, wanted.weight
+
+
+def _ends(problem: Problem) -> tuple[int, int, int]:
+    """Where base, negative and exemplar rows end in the stack of all."""
+    base, negative = len(problem.hidden), len(problem.negative)
+    return base, base + negative, base + negative + len(problem.exemplar)
+
+
+def _of_inputs(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients as autograd asks for them, one for each input."""
+    of_hidden, of_exemplar, of_negative, of_weight = gradients
+    return of_hidden, of_exemplar, None, of_negative, None, of_weight, *(None,) * 6
 
 
 class _Eager(torch.autograd.Function):
-    """The same without the dispatcher."""
+    """The two passes without the dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        total, parts, *gradients = _forward(*inputs)
+        total, parts, *ctx.gradients = _forward(*inputs)
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(parts)
-        _keep(ctx, inputs, *gradients)
+        ctx.save_for_backward(*inputs[:TENSORS])
+        ctx.settings = inputs[TENSORS:]
         return total, parts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *above: Any) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *above, scaled=_scaled)
+    def backward(ctx: Any, above: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if above is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return _of_inputs(_backward(above, *ctx.gradients, *ctx.saved_tensors, *ctx.settings))
+
+
+# For graphs: the same as custom operations, which cannot give None. Instead they give tensors
+# without elements, whose shapes the fakes know beforehand.
+
+
+def _or_empty(results: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor, ...]:
+    absent = {"dtype": torch.float32, "device": device}
+    return tuple(torch.empty(0, **absent) if result is None else result for result in results)
+
+
+def _forward_filled(*inputs: Any) -> tuple[Tensor, ...]:
+    return _or_empty(_forward(*inputs), inputs[0].device)
+
+
+def _backward_filled(*inputs: Any) -> tuple[Tensor, ...]:
+    return _or_empty(_backward(*inputs), inputs[0].device)
+
+
+joint_loss_op = torch.library.custom_op(
+    "vitask::joint_loss",
+    _forward_filled,
+    mutates_args=(),
+    schema=f"({INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+joint_loss_backward_op = torch.library.custom_op(
+    "vitask::joint_loss_backward",
+    _backward_filled,
+    mutates_args=(),
+    schema=f"(Tensor above, Tensor row_gradient, Tensor head_gradient, {INPUTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@joint_loss_op.register_fake
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    problem, wanted, _ = _split(inputs)
+    shape = () if problem.mean else problem.labels.shape
+    of_rows = of_weight = None
+    if wanted.hidden or wanted.exemplar:
+        kept = _ends(problem)[2 if wanted.exemplar else 1]
+        of_rows = problem.hidden.new_empty(kept, problem.hidden.shape[1], dtype=problem.dtype)
+    if wanted.weight and problem.mean:
+        of_weight = torch.empty_like(problem.weight, dtype=problem.dtype)
+    losses = (problem.hidden.new_empty(s, dtype=problem.dtype) for s in (shape, (4, *shape)))
+    return _or_empty([*losses, of_rows, of_weight], problem.hidden.device)
+
+
+@joint_loss_backward_op.register_fake
+def _(
+    above: Tensor, row_gradient: Tensor, head_gradient: Tensor, *inputs: Any
+) -> tuple[Tensor, ...]:
+    problem, wanted, _ = _split(inputs)
+    of = (problem.hidden, problem.exemplar, problem.negative, problem.weight)
+    made = zip(of, _given(problem, wanted), strict=True)
+    return _or_empty([x.new_empty(x.shape) if given else None for x, given in made], above.device)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, parts, row_gradient, head_gradient = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(parts, row_gradient, head_gradient)
+    ctx.save_for_backward(row_gradient, head_gradient, *inputs[:TENSORS])
+    ctx.settings = inputs[TENSORS:]
+
+
+def _in_graph(ctx: Any, above: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
+    if above is None:
+        return (None,) * len(ctx.needs_input_grad)
+    inputs = *ctx.saved_tensors[2:], *ctx.settings
+    gradients = joint_loss_backward_op(above, *ctx.saved_tensors[:2], *inputs)
+    problem, wanted, _ = _split(inputs)
+    made = zip(gradients, _given(problem, wanted), strict=True)
+    return _of_inputs([gradient if given else None for gradient, given in made])
+
+
+joint_loss_op.register_autograd(_in_graph, setup_context=_setup)
 
 
 def joint_loss(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Total () and parts (4,), or (rows,) and (4, rows); arguments as in `_forward`."""
+    """Total () and parts (4,), or (rows,) and (4, rows); arguments as in INPUTS."""
     if torch.compiler.is_compiling() or type(hidden) not in (Tensor, torch.nn.Parameter):
         total, parts, _, _ = joint_loss_op(hidden, *others)
         return total, parts

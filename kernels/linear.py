@@ -46,11 +46,11 @@ def linear_cross_entropy(
     that do not fit each other; labels on CUDA are not looked at: a row whose label lies outside
     the vocabulary has loss NaN and no gradient.
     """
-    losses = _losses(
+    total, _ = _losses(
         hidden, weight, labels, None, None, None, None,
         (1.0, 0.0, 0.0, 0.0), True, reduction, implementation,
     )  # fmt: skip
-    return losses.total
+    return total
 
 
 def linear_rda(
@@ -69,11 +69,11 @@ def linear_rda(
     `detach_exemplar=False`. Errors as in `linear_cross_entropy`.
     """
     _same_rows("exemplar_hidden", exemplar_hidden, hidden)
-    losses = _losses(
+    total, _ = _losses(
         hidden, weight, labels, exemplar_hidden, None, None, None,
         (0.0, 0.0, 1.0, 0.0), detach_exemplar, reduction, implementation,
     )  # fmt: skip
-    return losses.total
+    return total
 
 
 def linear_crt(
@@ -98,11 +98,11 @@ def linear_crt(
         return linear_cross_entropy(
             difference, weight, labels, reduction=reduction, implementation=implementation
         )
-    losses = _losses(
+    total, _ = _losses(
         hidden, weight, labels, None, None, negative_hidden, None,
         (0.0, 0.0, 0.0, 1.0), True, reduction, implementation,
     )  # fmt: skip
-    return losses.total
+    return total
 
 
 def linear_vitask(
@@ -131,10 +131,11 @@ def linear_vitask(
     CUDA are not looked at (nor by "reference" in compiled graphs): there a wrong label or row
     number gives NaN and reads nothing outside.
     """
-    return _losses(
+    total, parts = _losses(
         hidden, weight, labels, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows,
         (1.0, 1.0, rda_weight, crt_weight), detach_exemplar, reduction, implementation,
     )  # fmt: skip
+    return VITaskLosses(total, *parts.detach())
 
 
 def _losses(
@@ -149,8 +150,8 @@ def _losses(
     detach_exemplar: bool,
     reduction: Reduction,
     implementation: Implementation | None,
-) -> VITaskLosses:
-    """Check, choose, compute."""
+) -> tuple[Tensor, Tensor]:
+    """Check, choose, compute: total () and parts (4,), or (rows,) and (4, rows)."""
     _check_head(hidden, weight, labels)
     exemplar_hidden = _branch("exemplar", exemplar_hidden, exemplar_rows, hidden)
     negative_hidden = _branch("negative", negative_hidden, negative_rows, hidden)
@@ -158,7 +159,8 @@ def _losses(
         raise ValueError(f"reduction is {reduction!r}; expected 'mean' or 'none'")
     chosen: Implementation = implementation or ("triton" if hidden.is_cuda else "cpu")
     _check_implementation(chosen, hidden)
-    if chosen != "cpu" and not (torch.compiler.is_compiling() or labels.is_meta):
+    unseen = labels.is_cuda or labels.is_meta or torch.compiler.is_compiling()
+    if chosen != "cpu" and not unseen:  # "cpu" looks itself, so that compiled graphs raise as well
         check_values(labels, weight, hidden, exemplar_rows, negative_rows)
     if chosen == "reference":
         with torch.autocast(hidden.device.type, enabled=False):
@@ -173,11 +175,10 @@ def _losses(
         grad and exemplar_hidden.requires_grad and (weights[1] != 0 or not detach_exemplar),
         grad and weight.requires_grad,
     )
-    total, parts = joint_loss(
+    return joint_loss(
         hidden, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows, weight, labels,
         weights, detach_exemplar, reduction == "mean", wanted, chosen,
     )  # fmt: skip
-    return VITaskLosses(total, *parts.detach())
 
 
 def _reference(
@@ -191,7 +192,7 @@ def _reference(
     weights: tuple[float, float, float, float],
     detach_exemplar: bool,
     reduction: Reduction,
-) -> VITaskLosses:
+) -> tuple[Tensor, Tensor]:
     """The same from whole logits and the losses of `kernels.reference`, by autograd."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
 
@@ -230,7 +231,7 @@ def _reference(
         crt = on_all_rows(contrast, own, wrong)
     parts = (response, exemplar, rda, crt)
     total = sum(w * part for w, part in zip(weights, parts, strict=True) if w)
-    return VITaskLosses(total, *(part.detach() for part in parts))
+    return total, torch.stack(parts)
 
 
 def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:

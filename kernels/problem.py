@@ -19,6 +19,7 @@ With p, q, r = softmax of a, b, d = a - n, label y, δ = a - b, and lse = log-su
 Source: Bai et al. 2024, arXiv:2410.06456; the gradients are ours.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,23 +33,26 @@ PARTS = ("response", "exemplar", "rda", "crt")
 class Problem(NamedTuple):
     """The rows of one joint loss; branches that are absent have no rows.
 
-    hidden, negative, exemplar: (rows, H), (negatives, H), (exemplars, H), one dtype
-    weight:      (vocab, H), the head
-    labels:      (rows,) int64, IGNORE_INDEX for rows that count nowhere
-    negative_of, exemplar_of: (rows,) int64, the row's own row in the branch, -1 for none
-    factors:     (4,) f_v, f_e, f_k, f_c, in the dtype that is computed in
+    hidden, exemplar, negative: (rows, H), (exemplars, H), (negatives, H), one dtype
+    exemplar_rows, negative_rows: int64 numbers of the base rows that a branch's rows belong to,
+             each once; None: to all of them, in order
+    weight:  (vocab, H), the head
+    labels:  (rows,) int64, IGNORE_INDEX for rows that count nowhere
+    weights: of the losses in the total, in the order of PARTS
     detach_exemplar: whether rda sends no gradient into the exemplar branch
+    mean:    f = weight / (counted rows of the loss), 1/0 being 0; otherwise f = weight
     """
 
     hidden: Tensor
-    negative: Tensor
     exemplar: Tensor
+    exemplar_rows: Tensor | None
+    negative: Tensor
+    negative_rows: Tensor | None
     weight: Tensor
     labels: Tensor
-    negative_of: Tensor
-    exemplar_of: Tensor
-    factors: Tensor
+    weights: Sequence[float]
     detach_exemplar: bool
+    mean: bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,13 +68,13 @@ class Wanted(NamedTuple):
     weight: bool
 
 
-class RowResult(NamedTuple):
+class Result(NamedTuple):
     """What an implementation computes.
 
-    losses:   (4, rows) response, exemplar, rda, crt; 0 where a row has none
-    hidden:   (rows + negatives + exemplars, H) gradients of L summed over the rows; without the
-              exemplars' if these are not wanted, None if no gradient of a row is
-    weight:   (vocab, H) gradient, None if it is not wanted
+    losses: (4,) means, or (4, rows) without `mean`: in the order of PARTS, 0 where there is none
+    hidden: (rows + negatives + exemplars, H) gradients of L summed over the rows; without the
+            exemplars' if these are not wanted, None if no gradient of a row is
+    weight: (vocab, H) gradient, None if it is not wanted
     Rows with a label outside the vocabulary, which only an implementation that cannot stop to
     raise meets, have NaN losses and no gradient.
     """
@@ -122,24 +126,33 @@ def check_values(
     hidden: Tensor,
     exemplar_rows: Tensor | None,
     negative_rows: Tensor | None,
-) -> None:
-    """ValueError for labels and row numbers that name nothing; on CUDA nobody looks at them, for
-    that would stall the stream."""
-    if labels.is_cuda:
-        return
-    inside = (labels >= 0) & (labels < len(weight))
-    if not inside.all() and (wrong := labels[counted(labels) & ~inside]).numel():
-        raise ValueError(
-            f"label {int(wrong[0])} lies outside the vocabulary of {len(weight)}; "
-            f"expected 0 to {len(weight) - 1}, or {IGNORE_INDEX} for an ignored row"
-        )
+) -> bool:
+    """ValueError for labels and row numbers that name nothing. Whether every row counts.
+
+    Not for CUDA: a look there would stall the stream.
+    """
+    ignored = _outside(labels, len(weight))
+    for wrong in ignored:
+        if wrong != IGNORE_INDEX:
+            raise ValueError(
+                f"label {wrong} lies outside the vocabulary of {len(weight)}; "
+                f"expected 0 to {len(weight) - 1}, or {IGNORE_INDEX} for an ignored row"
+            )
     for name, rows in (("exemplar_rows", exemplar_rows), ("negative_rows", negative_rows)):
         if rows is None:
             continue
-        outside = rows[(rows < 0) | (rows >= len(hidden))]
-        if outside.numel():
-            raise ValueError(
-                f"{name} names row {int(outside[0])} of hidden, which has {len(hidden)} rows"
-            )
-        if len(rows.unique()) != len(rows):
+        for wrong in _outside(rows, len(hidden)):
+            raise ValueError(f"{name} names row {wrong} of hidden, which has {len(hidden)} rows")
+        if len(rows) and rows.bincount().max() > 1:
             raise ValueError(f"{name} names a row of hidden twice; expected each once")
+    return not ignored
+
+
+def _outside(numbers: Tensor, count: int) -> list[int]:
+    """Those that are not 0 to count - 1; one pass in the usual case, where all are."""
+    if not len(numbers):
+        return []
+    least, most = map(int, numbers.aminmax())
+    if least >= 0 and most < count:
+        return []
+    return numbers[(numbers < 0) | (numbers >= count)].tolist()

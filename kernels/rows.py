@@ -10,13 +10,14 @@ Where rows are fewer than multiprocessors, several programs share the vocabulary
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.problem import PARTS, Problem, RowResult, Wanted, all_owned, counted, spread
+from kernels.problem import PARTS, Problem, Result, Wanted, all_owned, counted, slots, spread
 from kernels.reference import IGNORE_INDEX
 
 BLOCK = 2048  # columns a step: 8 per thread and branch, which leaves no register spilled
@@ -234,17 +235,67 @@ def gradient_kernel(
                 tl.store(b_out + columns, tl.where(use, of_b, 0.0), mask=columns < b_stop)
 
 
-def triton_rows(
-    problem: Problem,
-    wanted: Wanted,
-    row_scale: Tensor | None = None,
-    *,
-    splits: int | None = None,
-) -> RowResult:
-    """Losses and gradients; `row_scale` (rows,) scales each row's part of the head's gradient.
+class _Rows(NamedTuple):
+    """A problem as the kernels read it; nothing that it is made from waits for the device.
 
-    splits: programs that share a row's vocabulary; None chooses for the device.
+    negative_of, exemplar_of: (rows,) int64, the row's own row in the branch, -1 for none
+    factors: (4,) float32, f_v, f_e, f_k, f_c
     """
+
+    hidden: Tensor
+    negative: Tensor
+    exemplar: Tensor
+    weight: Tensor
+    labels: Tensor
+    negative_of: Tensor
+    exemplar_of: Tensor
+    factors: Tensor
+    detach_exemplar: bool
+
+
+def triton_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None = None) -> Result:
+    """Losses and gradients; `row_scale` (rows,) scales each row's part of the head's gradient."""
+    hidden = problem.hidden
+    float32 = {"dtype": torch.float32, "device": hidden.device}
+    rows = _Rows(
+        hidden,
+        problem.negative,
+        problem.exemplar,
+        problem.weight,
+        problem.labels,
+        slots(problem.negative_rows, len(problem.negative), hidden),
+        slots(problem.exemplar_rows, len(problem.exemplar), hidden),
+        # no torch.tensor(weights): a copy from the host would break a graph capture
+        torch.stack([torch.full((), w, **float32) for w in problem.weights]),
+        problem.detach_exemplar,
+    )
+    if not problem.mean:
+        return _summed(rows, wanted, row_scale)
+    # Factors relative to one counted base row. 1/rows itself is applied to the finished
+    # gradients: in it, float16 logits would underflow.
+    numbers = _numbers(rows)
+    rows = rows._replace(factors=rows.factors * numbers[0] / numbers)
+    result = _summed(rows, wanted, row_scale)
+    for gradient in result[1:]:
+        if gradient is not None:
+            gradient.div_(numbers[0])
+    return result._replace(losses=result.losses.sum(dim=1) / numbers)
+
+
+def _numbers(problem: _Rows) -> Tensor:
+    """(4,) float32: how many rows count in each loss, 1 for none.
+
+    The number of an absent branch, whose losses are zeros, is that of the base rows.
+    """
+    use = counted(problem.labels)
+    base = use.sum()
+    exemplar = (use & (problem.exemplar_of >= 0)).sum() if len(problem.exemplar) else base
+    negative = (use & (problem.negative_of >= 0)).sum() if len(problem.negative) else base
+    return torch.stack([base, exemplar, exemplar, negative]).clamp(min=1).float()
+
+
+def _summed(problem: _Rows, wanted: Wanted, row_scale: Tensor | None) -> Result:
+    """Losses (4, rows), and gradients of their sum weighted by the factors."""
     hidden, weight = problem.hidden, problem.weight
     rows, negatives, vocab = len(hidden), len(problem.negative), len(weight)
     float32 = {"dtype": torch.float32, "device": hidden.device}
@@ -252,7 +303,7 @@ def triton_rows(
     stride = -(-vocab // ALIGN) * ALIGN
     logits = torch.empty(len(inputs), stride, **float32)
     losses = torch.zeros(4, rows, **float32)
-    splits = splits or _splits(rows, hidden.device)
+    splits = _splits(rows, hidden.device)
     gradient = _gradient_memory(logits, weight.dtype, in_place=splits == 1) if any(wanted) else None
     scales: list[Tensor] = []  # of the logits' gradients, undone after the products
     if rows:
@@ -295,10 +346,10 @@ def triton_rows(
             of_weight = torch.empty(weight.shape, **float32)
             _product(gradient.T, inputs.masked_fill(unused, 0), of_weight)
             _unscale(of_weight, scales)
-    return RowResult(losses, of_hidden, of_weight)
+    return Result(losses, of_hidden, of_weight)
 
 
-def _statistics(problem: Problem, logits: Tensor, splits: int, *, reach: bool) -> Tensor:
+def _statistics(problem: _Rows, logits: Tensor, splits: int, *, reach: bool) -> Tensor:
     """(rows, splits, STATISTICS), each share of the vocabulary's; nothing for ignored rows."""
     rows, negatives, vocab = len(problem.hidden), len(problem.negative), len(problem.weight)
     partial = logits.new_empty(rows, splits, STATISTICS)
@@ -312,7 +363,7 @@ def _statistics(problem: Problem, logits: Tensor, splits: int, *, reach: bool) -
 
 
 def _gradients(
-    problem: Problem,
+    problem: _Rows,
     logits: Tensor,
     gradient: Tensor | None,
     losses: Tensor,
@@ -333,7 +384,7 @@ def _gradients(
         )  # fmt: skip
 
 
-def _own(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def _own(problem: _Rows) -> tuple[Tensor, Tensor, Tensor]:
     return problem.labels.contiguous(), problem.negative_of, problem.exemplar_of
 
 
@@ -359,7 +410,7 @@ def _gradient_memory(logits: Tensor, dtype: torch.dtype, *, in_place: bool) -> T
     return logits.view(dtype) if in_place else torch.empty_like(logits, dtype=dtype)
 
 
-def _gradient_scale(problem: Problem, partial: Tensor) -> Tensor:
+def _gradient_scale(problem: _Rows, partial: Tensor) -> Tensor:
     """() power of two that the logits' gradients are multiplied by while float16 holds them.
 
     Those of a large vocabulary would underflow, those of far apart branches overflow:
@@ -392,7 +443,7 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.mm(left.float(), right.float(), out=out)
 
 
-def _of_all(values: Tensor, problem: Problem) -> Tensor:
+def _of_all(values: Tensor, problem: _Rows) -> Tensor:
     """Values (rows,) of base rows, for the rows of all branches as they are stacked."""
     return torch.cat(
         [
