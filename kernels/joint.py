@@ -121,10 +121,10 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        total, parts, *ctx.gradients = _forward(*inputs)
+        total, parts, *gradients = _forward(*inputs)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(parts)
-        ctx.save_for_backward(*inputs[:TENSORS])
+        ctx.save_for_backward(*gradients, *inputs[:TENSORS])
         ctx.settings = inputs[TENSORS:]
         return total, parts
 
@@ -133,7 +133,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, above: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if above is None:
             return (None,) * len(ctx.needs_input_grad)
-        return _of_inputs(_backward(above, *ctx.gradients, *ctx.saved_tensors, *ctx.settings))
+        return _of_inputs(_backward(above, *ctx.saved_tensors, *ctx.settings))
 
 
 # For graphs: the same as custom operations, which cannot give None. Instead they give tensors

@@ -131,28 +131,28 @@ def check_values(
 
     Not for CUDA: a look there would stall the stream.
     """
-    ignored = _outside(labels, len(weight))
-    for wrong in ignored:
-        if wrong != IGNORE_INDEX:
-            raise ValueError(
-                f"label {wrong} lies outside the vocabulary of {len(weight)}; "
-                f"expected 0 to {len(weight) - 1}, or {IGNORE_INDEX} for an ignored row"
-            )
+    outside = _outside(labels, len(weight))
+    if len(outside) and len(wrong := outside[counted(outside)]):
+        raise ValueError(
+            f"label {int(wrong[0])} lies outside the vocabulary of {len(weight)}; "
+            f"expected 0 to {len(weight) - 1}, or {IGNORE_INDEX} for an ignored row"
+        )
     for name, rows in (("exemplar_rows", exemplar_rows), ("negative_rows", negative_rows)):
         if rows is None:
             continue
-        for wrong in _outside(rows, len(hidden)):
-            raise ValueError(f"{name} names row {wrong} of hidden, which has {len(hidden)} rows")
+        if len(wrong := _outside(rows, len(hidden))):
+            raise ValueError(
+                f"{name} names row {int(wrong[0])} of hidden, which has {len(hidden)} rows"
+            )
         if len(rows) and rows.bincount().max() > 1:
             raise ValueError(f"{name} names a row of hidden twice; expected each once")
-    return not ignored
+    return len(outside) == 0
 
 
-def _outside(numbers: Tensor, count: int) -> list[int]:
+def _outside(numbers: Tensor, count: int) -> Tensor:
     """Those that are not 0 to count - 1; one pass in the usual case, where all are."""
-    if not len(numbers):
-        return []
-    least, most = map(int, numbers.aminmax())
-    if least >= 0 and most < count:
-        return []
-    return numbers[(numbers < 0) | (numbers >= count)].tolist()
+    if len(numbers):
+        least, most = map(int, numbers.aminmax())
+        if least < 0 or most >= count:
+            return numbers[(numbers < 0) | (numbers >= count)]
+    return numbers[:0]
