@@ -35,7 +35,7 @@ def test_variants_take_turns_and_the_first_round_is_not_kept():
     def variant(name):
         def call():
             order.append(name)
-            return [float(next(number))]
+            return [speed.SHORT + next(number)]
 
         return call
 
@@ -43,7 +43,18 @@ def test_variants_take_turns_and_the_first_round_is_not_kept():
         {"a": variant("a"), "b": variant("b")}, rounds=(2, 3), budget_seconds=0
     )
     assert order == ["a", "b"] * 3
-    assert found == {"a": [[2.0], [4.0]], "b": [[3.0], [5.0]]}
+    kept = {"a": [[2.0], [4.0]], "b": [[3.0], [5.0]]}
+    assert found == {
+        n: [[speed.SHORT + x for x in r] for r in rounds] for n, rounds in kept.items()
+    }
+
+
+def test_of_short_calls_the_second_of_two_is_kept():
+    number = count()
+    found = speed.interleaved(
+        {"a": lambda: [float(next(number)), 0.0]}, rounds=(2, 2), budget_seconds=0
+    )
+    assert found == {"a": [[2.0, 0.0], [4.0, 0.0]]}
 
 
 def test_memory_is_what_a_call_holds_at_most():
