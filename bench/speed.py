@@ -2,9 +2,7 @@
 
 Milliseconds: median, 20 % and 80 % quantile over rounds in which all variants take turns, so that
 a machine that warms up or is busy for a while treats them alike. On CUDA between events on the
-stream, with the caches flushed before each; on the CPU wall-clock. Of short calls the second of two
-counts: the first also pays for what the variant before it left in the caches, and those that share
-most of their code would warm it for each other.
+stream, with the caches flushed before each; on the CPU wall-clock.
 Memory: the largest sum of what was allocated and not yet freed during one call, beyond what was
 there before: by CUDA's own counter, on the CPU by the profiler's allocation events. Of work that
 takes too long for a profiler: by the system's counter of the process.
@@ -32,7 +30,6 @@ from bench.record import reset_peak
 MIB = 2**20
 FLUSHED = 256 * MIB  # bytes written before a measurement on CUDA: more than any L2 cache
 ROUNDS = (5, 30)  # at least, at most
-SHORT = 20.0  # milliseconds; a call that takes no longer is made once in vain, then measured
 BUDGET_SECONDS = 6.0  # of all variants of one comparison, once the least rounds are done
 
 Call = Callable[[], list[float]]  # runs once; milliseconds of its passes
@@ -85,7 +82,7 @@ def interleaved(
 ) -> dict[str, list[list[float]]]:
     """Each variant's milliseconds, one list a round; a round runs every variant once.
 
-    One more round at first is for warming up and is not kept; nor is the first of two short calls.
+    One more round at first is for warming up and is not kept.
     """
     found: dict[str, list[list[float]]] = {name: [] for name in variants}
     for call in variants.values():
@@ -96,8 +93,7 @@ def interleaved(
         if number >= least and time.perf_counter() - start > budget_seconds:
             break
         for name, call in variants.items():
-            passes = call()
-            found[name].append(call() if sum(passes) <= SHORT else passes)
+            found[name].append(call())
     return found
 
 

@@ -177,7 +177,7 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
         kept = _ends(problem)[2 if wanted.exemplar else 1]
         of_rows = problem.hidden.new_empty(kept, problem.hidden.shape[1], dtype=problem.dtype)
     if wanted.weight and problem.mean:
-        of_weight = torch.empty_like(problem.weight, dtype=problem.dtype)
+        of_weight = problem.weight.new_empty(problem.weight.shape, dtype=problem.dtype)
     losses = (problem.hidden.new_empty(s, dtype=problem.dtype) for s in (shape, (4, *shape)))
     return _or_empty([*losses, of_rows, of_weight], problem.hidden.device)
 

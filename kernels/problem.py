@@ -84,22 +84,23 @@ class Result(NamedTuple):
     weight: Tensor | None
 
 
-def slots(rows: Tensor | None, count: int, hidden: Tensor) -> Tensor:
+def slots(rows: Tensor | None, count: int, base: Tensor) -> Tensor:
     """The inverse of `rows`: for each base row its number in the branch, -1 for none.
 
     rows: (count,) int64 numbers of the base rows that have the branch; None: all, in order.
+    base: (rows, ...), whatever has as many rows, on their device.
     Of a row that is named twice the last counts, a number outside counts nowhere. Nothing here
     waits for the device.
     """
-    of = len(hidden)
+    of = len(base)
     if not count:
-        return torch.full((of,), -1, device=hidden.device)
-    number = torch.arange(count, device=hidden.device)
+        return torch.full((of,), -1, device=base.device)
+    number = torch.arange(count, device=base.device)
     if rows is None:
         return number
     inside = (rows >= 0) & (rows < of)
     target = rows.where(inside, of)  # what points outside goes into a slot of its own
-    inverse = torch.full((of + 1,), -1, device=hidden.device)
+    inverse = torch.full((of + 1,), -1, device=base.device)
     return inverse.scatter_reduce(0, target, number, "amax")[:of]
 
 

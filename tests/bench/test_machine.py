@@ -35,7 +35,7 @@ def test_variants_take_turns_and_the_first_round_is_not_kept():
     def variant(name):
         def call():
             order.append(name)
-            return [speed.SHORT + next(number)]
+            return [float(next(number))]
 
         return call
 
@@ -43,18 +43,7 @@ def test_variants_take_turns_and_the_first_round_is_not_kept():
         {"a": variant("a"), "b": variant("b")}, rounds=(2, 3), budget_seconds=0
     )
     assert order == ["a", "b"] * 3
-    kept = {"a": [[2.0], [4.0]], "b": [[3.0], [5.0]]}
-    assert found == {
-        n: [[speed.SHORT + x for x in r] for r in rounds] for n, rounds in kept.items()
-    }
-
-
-def test_of_short_calls_the_second_of_two_is_kept():
-    number = count()
-    found = speed.interleaved(
-        {"a": lambda: [float(next(number)), 0.0]}, rounds=(2, 2), budget_seconds=0
-    )
-    assert found == {"a": [[2.0, 0.0], [4.0, 0.0]]}
+    assert found == {"a": [[2.0], [4.0]], "b": [[3.0], [5.0]]}
 
 
 def test_memory_is_what_a_call_holds_at_most():
@@ -157,6 +146,26 @@ def test_a_trace_is_written_on_request(quick, tmp_path):
     assert json.loads(trace.read_text())["traceEvents"]
     with pytest.raises(ValueError, match="goes with the suite step"):
         list(kernels.measure(DEVICE, lambda text: None, trace))
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_short_losses_are_called_twice_in_their_turn_and_both_times_are_given(short, monkeypatch):
+    few = {"rounds": (3, 3), "budget_seconds": 0}
+    monkeypatch.setattr(speed.interleaved, "__kwdefaults__", few)
+    monkeypatch.setattr(kernels, "SHORT", 1e9 if short else 0)
+    sets = peers.Inputs.random(4, 8, 20, torch.float32, "cpu").redrawn(2)
+    seen = []
+
+    def loss(inputs):
+        seen.append(inputs is sets[0])
+        return peers.OURS["rda"](inputs)
+
+    rows = list(kernels.compare({"ours": loss}, "rda", sets, "cpu", {}))
+    calls = (1 + 3 + 2) * (2 if short else 1)  # to warm up, rounds, memory
+    assert seen == [number % 2 == 0 for number in range(calls)]
+    cold = [row for row in rows if row["quantity"] == "milliseconds_cold"]
+    assert len(cold) == short
+    assert all(row["pass"] == "both" and row["low"] <= row["value"] <= row["high"] for row in cold)
 
 
 def test_a_peer_that_fails_is_named_and_stops_nobody(monkeypatch):

@@ -34,8 +34,10 @@ def test_operation_keeps_the_rules_of_custom_operations(implementation, reductio
     case = draw(5, 20, 4, negatives=0.6, reduction=reduction).to(DEVICE)
     leaves = {
         name: getattr(case, name).detach().requires_grad_()
-        for name in ("hidden", "exemplar", "negative", "weight")
+        for name in ("hidden", "exemplar", "negative")
     }
+    weight = case.weight.t().contiguous().t()  # of other strides than its gradient's
+    leaves["weight"] = weight.detach().requires_grad_()
     torch.library.opcheck(
         joint_loss_op,
         (
