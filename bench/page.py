@@ -65,6 +65,8 @@ def page(
         methods=module.METHODS,
         references={method: reference_of(module, method) for method in module.METHODS},
         reference=_reference(module),
+        intervals=bool(frame["ci_low"].notna().any()),
+        scored=bool((frame["metric"] == "macro_f1").any()),
         tables=[(title, table) for title, table in [*tables, *sections] if table],
         figures=sorted(figures),
         unverified=_named(module, first, lambda card: not card["md5_ok"]),

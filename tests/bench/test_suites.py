@@ -125,6 +125,8 @@ def test_a_suite_runs_to_its_tables_and_verifies(name, tiny):
     if name in ("calibration", "corruptions"):
         assert re.search(r"\| tsm \| \d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", page)  # in the section
     assert "PHANTOM" in page.splitlines()[0]
+    assert ("bootstrap interval" in page) == frame["ci_low"].notna().any()
+    assert ("constrained scoring over" in page) == (frame["metric"] == "macro_f1").any()
     for figure in tiny.folder.glob("*.svg"):
         assert figure.read_text().startswith("<svg")
     again = Job.of(name, plan_of(records[0], roots=(), allow_unverified=(), folder=tiny.folder))
