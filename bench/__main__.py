@@ -1,17 +1,17 @@
 """The command line: python -m bench run main, list, report, verify, data, doctor, predict.
 
-Nothing heavy is imported before it is needed, so `--help` and `list` answer at once.
+It only parses. Heavy imports wait until they are needed, so `--help` and `list` answer at once.
 """
 
-import traceback
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bench.cli import (
+from bench.commands.cli import (
     FAILED,
+    Datasets,
     Out,
     Roots,
     UnknownName,
@@ -19,218 +19,170 @@ from bench.cli import (
     check_known,
     clean,
     data_folders,
-    is_our_error,
     must_resolve,
     split_names,
     stop,
 )
-from bench.data_commands import data_app
+from bench.commands.data import data_app
+from bench.suite import MACHINE_SUITES, SUITES
 
 if TYPE_CHECKING:
-    from bench.plan import Plan
-    from bench.record import Record
+    from bench.runs.records import Record
     from vitask.data.spec import Dataset
 
 app = typer.Typer(
     help="VITask: train, measure and compare, from data to leaderboard.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 app.add_typer(data_app, name="data")
+RecipeName = Annotated[str, typer.Option(help="A name (see `list`) or a TOML file.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="field=value of the recipe; may be given several times."),
+]
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"vitask {installed('vitask')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(epilog=f"Suites: {', '.join(SUITES)}; of this machine: {', '.join(MACHINE_SUITES)}.")
 @clean
 def run(
-    suites: Annotated[list[str] | None, typer.Argument(help="Suites; see `list`.")] = None,
-    all_suites: Annotated[bool, typer.Option("--all", help="Every suite.")] = False,
-    recipe: Annotated[str, typer.Option(help="A named experiment; see `list`.")] = "pocket",
+    suites: Annotated[list[str] | None, typer.Argument(help="Names of suites.")] = None,
+    all_suites: Annotated[bool, typer.Option("--all", help="Every suite that can run.")] = False,
+    recipe: RecipeName = "pocket",
+    settings: Settings = None,
     data: Annotated[str, typer.Option(help="phantom | medmnist")] = "phantom",
     data_root: Roots = None,
-    datasets: Annotated[str, typer.Option(help="a,b,...; default: the recipe's own.")] = "",
-    seeds: Annotated[str, typer.Option(help="0,1,...; default: the recipe's own.")] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="At most N images a part.")] = None,
+    datasets: Datasets = "",
+    seeds: Annotated[str, typer.Option(help="0,1,...; default: the recipe's.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most N images a split.")] = None,
     out: Out = Path("leaderboards"),
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what a finished run of the same key has.")
+        bool, typer.Option("--resume", help="Does nothing: results are always kept.")
     ] = False,
     fresh: Annotated[
-        bool,
-        typer.Option("--fresh", help="Throw away what these suites left there, and all models."),
+        bool, typer.Option("--fresh", help="Delete these suites' results and models first.")
     ] = False,
     allow_unverified: Unverified = "",
     trace: Annotated[
-        Path | None, typer.Option(help="With suite step: a torch.profiler trace goes here.")
+        Path | None, typer.Option(help="With suite step: write a profiler trace here.")
     ] = None,
 ) -> None:
-    """Run suites. A run that was interrupted continues; its results are on disk as they come.
+    """Run suites. Results that exist are kept; the same command continues a stopped run.
 
-    `--all` runs what scores models; `kernels` and `step` measure this machine and are run by name.
+    `--all` runs the suites that score models; those that measure this machine run by name.
     """
-    from bench.suites import MACHINE_SUITES, SUITES
-    from vitask.data import SOURCES, spec
-    from vitask.guard import refuse_hub_kernels
-    from vitask.recipes import RECIPES
+    from vitask.data import SOURCES
 
     if all_suites == bool(suites):
         raise UnknownName("name the suites to run, or give --all (one of the two)")
     if resume and fresh:
-        raise UnknownName("--resume keeps and --fresh throws away: give one of them")
+        raise UnknownName("--resume keeps results and --fresh deletes them: give one of them")
     wanted = list(SUITES) if all_suites else list(dict.fromkeys(suites or []))
     for name in wanted:
         check_known("suite", name, (*SUITES, *MACHINE_SUITES))
+    check_known("data source", data, SOURCES)
+    chosen = _recipe(recipe, settings)
+    roots, numbers = data_folders(data_root), _seeds(seeds)
     for name in [name for name in wanted if name in MACHINE_SUITES]:
         _measure(name, out, trace)
         wanted.remove(name)
     if not wanted:
         return
-    check_known("recipe", recipe, RECIPES)
-    check_known("data source", data, SOURCES)
-    roots, chosen = data_folders(data_root), RECIPES[recipe]
-    own = chosen.datasets(data)
-    names = _in_order(split_names(datasets) or own, own)
-    must_resolve(
-        lambda: [spec(name, roots=roots) for name in (*names, *split_names(allow_unverified))]
-    )
-    refuse_hub_kernels()
+    from vitask.data import spec
 
-    from bench.plan import Plan
+    allowed = split_names(allow_unverified)
+    must_resolve(lambda: [spec(name, roots=roots) for name in (*split_names(datasets), *allowed)])
 
-    plan = Plan(
-        recipe=chosen,
-        source=data,
-        names=names,
-        roots=roots,
-        allow_unverified=split_names(allow_unverified),
-        limit=limit,
-        out=out,
-        seeds=_seeds(seeds) if seeds else (),
+    from bench.api import make_plan, run_plan
+
+    plan = make_plan(
+        *chosen, data, roots, split_names(datasets), numbers, limit, allowed, out
     )
-    failed = _run(wanted, plan, resume=resume, fresh=fresh, leave_out=all_suites)
-    for name, error in failed.items():
+    done = run_plan(plan, wanted, fresh=fresh, leave_out=all_suites, note=_note)
+    if done.tables:
+        from bench.commands.show import main_table
+
+        name = next(iter(done.tables))
+        typer.echo(main_table(done.tables[name], name))
+    for page in done.pages.values():
+        typer.echo(str(page))
+    if done.tables and not any(done.computed.values()):
+        typer.echo("nothing to compute: all results were there")
+    for name, error in done.failed.items():
         typer.echo(f"failed: {name}: {error}", err=True)
-    if failed:
+    if done.failed:
         raise typer.Exit(FAILED)
+
+
+def _note(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _recipe(name: str, settings: Sequence[str] | None) -> tuple[Any, dict[str, Any]]:
+    """The recipe's name or file, and the settings by hand, both checked."""
+    from vitask import settings as recipe_settings
+    from vitask.recipes import RECIPES
+
+    if not name.endswith(".toml"):
+        check_known("recipe", name, RECIPES)
+    try:
+        by_hand = recipe_settings.parse(settings or ())
+    except ValueError as error:
+        raise UnknownName(str(error)) from error
+    return Path(name) if name.endswith(".toml") else name, by_hand
 
 
 def _measure(name: str, out: Path, trace: Path | None) -> None:
     """A suite that measures this machine; it needs no data, recipe or seed."""
-    from bench.machine import run_machine_suite
-    from bench.record import command_line
-
-    def note(text: str) -> None:
-        typer.echo(text, err=True)
+    from bench.machine.tables import run_machine_suite
+    from bench.runs.environment import command_line
 
     command = command_line((), out)
     try:
-        written = run_machine_suite(name, out, command=command, note=note, trace=trace)
+        written = run_machine_suite(name, out, command=command, note=_note, trace=trace)
     except KeyboardInterrupt:
         stop(f"{name}: interrupted; its tables hold what was measured so far", FAILED)
-    note(f"{name}: wrote {', '.join(map(str, written))}")
-
-
-def _run(
-    wanted: Sequence[str], plan: "Plan", *, resume: bool, fresh: bool, leave_out: bool = False
-) -> dict[str, str]:
-    """Suite by suite; one that fails does not take the others down. Returns what failed.
-
-    leave_out: suites that lack something here are left out, and that is no failure
-    """
-    from transformers.utils import logging
-
-    from bench import runs, table
-    from bench.official import write_official
-    from bench.plan import Job, sized, specs_of
-    from bench.progress import Progress, Scaled
-    from bench.record import command_line
-    from bench.suites import lacking, suite
-
-    logging.disable_progress_bar()  # one progress display is enough: ours
-    failed: dict[str, str] = {}
-    jobs: list[Job] = []  # all data are checked before anything runs
-    loaded: dict[Any, Any] = {}  # data that suites share
-    for name in wanted:
-        if leave_out and (lacks := lacking(suite(name), plan)):
-            typer.echo(f"{name} is left out: {lacks}", err=True)
-            continue
-        try:
-            jobs.append(Job.of(name, sized(plan, suite(name)), loaded))
-        except Exception as error:  # of one suite's own data, perhaps
-            if len(wanted) == 1:
-                raise
-            failed[name] = _described(error)
-    if not jobs:
-        return failed
-    cache: dict[Any, Any] = {}  # what suites compute in common
-    units = sum(job.units * len(job.plan.seeds) for job in jobs)
-    for name, why in failed.items():
-        typer.echo(f"{name} cannot run: {why}", err=True)
-    with runs.locked(plan.folder), Progress(units) as progress:
-        if fresh:
-            runs.start_over(plan.folder, [job.name for job in jobs])
-        keys = {job.name: runs.run_key(job) for job in jobs}
-        stopped = runs.unfinished(plan.folder)
-        runs.note_unfinished(plan.folder, keys)
-        for job in jobs:
-            scaled = Scaled(progress, job.units / job.module.units(job.plan.recipe))
-            try:
-                records = runs.run_suite(
-                    job,
-                    plan.folder,
-                    scaled,
-                    command=command_line(plan.roots, plan.out),
-                    resume=resume or stopped.get(job.name) == keys[job.name],
-                    cache=cache,
-                )
-                progress.note(f"{job.name}: bootstrap, tests and tables")
-                written = table.write(plan.folder, records, specs_of(records[0]))
-                write_official(plan.folder, records)
-            except Exception as error:  # the other suites go on
-                failed[job.name] = _described(error)
-                continue
-            progress.note(f"{job.name}: wrote {', '.join(map(str, written))}")
-        if not failed:
-            runs.note_unfinished(plan.folder, dict.fromkeys(keys))
-    return failed
-
-
-def _described(error: Exception) -> str:
-    """What went wrong, in a line; the trace of what is not our own boundary's is printed."""
-    if not is_our_error(error):
-        traceback.print_exception(error)
-    return f"{type(error).__name__}: {error}"
+    _note(f"{name}: wrote {', '.join(map(str, written))}")
 
 
 @app.command("list")
 @clean
-def show(data_root: Roots = None) -> None:
-    """Suites with their methods, recipes and datasets."""
-    from bench.suites import MACHINE_SUITES, SUITES, suite
-    from vitask.data import specs
-    from vitask.recipes import RECIPES
+def show(
+    suite: Annotated[str | None, typer.Argument(help="Show this suite's methods.")] = None,
+    data_root: Roots = None,
+) -> None:
+    """Suites, recipes and datasets; or the methods of a suite."""
+    from bench.commands.show import overview, suite_methods
 
+    if suite is not None:
+        check_known("suite", suite, (*SUITES, *MACHINE_SUITES))
     roots = data_folders(data_root)
-    typer.echo("suites")
-    for name in SUITES:
-        module = suite(name)
-        about = (module.__doc__ or "").strip().splitlines()
-        typer.echo(f"  {name}: {about[0] if about else ''}")
-        for method, what in module.METHODS.items():
-            typer.echo(f"    {method:20} {what}")
-    typer.echo("suites that measure this machine (by name, not in --all)")
-    for name, text in MACHINE_SUITES.items():
-        typer.echo(f"  {name}: {text}")
-    typer.echo("recipes")
-    for recipe in RECIPES.values():
-        typer.echo(
-            f"  {recipe.name:20} VLM {recipe.vlm}, TSM {recipe.tsm}, {recipe.source_size} px"
-        )
-    typer.echo("datasets (the first 12 also as phantom)")
-    for spec in specs("medmnist", roots).values():
-        kind = f"{len(spec.classes)} classes, {spec.task}"
-        typer.echo(f"  {spec.name:20} {spec.modality}, {kind}, {spec.license}")
+    typer.echo(overview(roots) if suite is None else suite_methods(suite))
+
+
+@app.command("recipe")
+@clean
+def print_recipe(name: Annotated[str, typer.Argument(help="A recipe; see `list`.")]) -> None:
+    """Print a recipe as TOML, to start a file for `run --recipe FILE.toml` from."""
+    from vitask.recipes import RECIPES
+    from vitask.settings import to_toml
+
+    check_known("recipe", name, RECIPES)
+    typer.echo(to_toml(RECIPES[name]), nl=False)
 
 
 @app.command()
@@ -240,18 +192,39 @@ def report(
     out: Out = Path("leaderboards"),
 ) -> None:
     """Render tables and pages again from the records and samples; needs no data."""
-    from bench import runs, table
-    from bench.official import write_official
-    from bench.plan import specs_of
+    from bench.report.render import write
+    from bench.runs.sets import locked
 
     broken: list[str] = []
     for folder in _runs(folders, out):
-        with runs.locked(folder):
+        with locked(folder):
             for records in _suites(folder, broken):
-                written = table.write(folder, records, specs_of(records[0]))
-                for path in [*written, *write_official(folder, records)]:
+                for path in write(folder, records)[0]:
                     typer.echo(str(path))
     _fail_for(broken)
+
+
+@app.command()
+@clean
+def collect(
+    target: Annotated[Path, typer.Argument(help="Folder of all runs, such as leaderboards.")],
+    folders: Annotated[list[Path], typer.Argument(help="Runs made elsewhere.")],
+) -> None:
+    """Copy runs into one folder, every file checked against its digest, and render them."""
+    from bench.api import check_out
+    from bench.report.render import write
+    from bench.runs.sets import collect as copy
+    from bench.runs.sets import locked, read_records
+
+    check_out(target)
+    for folder in _runs(folders, target):
+        place = target / folder.resolve().name
+        if place.resolve() == folder.resolve():
+            raise ValueError(f"{folder} is the target itself; name runs made elsewhere")
+        with locked(place):
+            for suite in copy(folder, place, _note):
+                for path in write(place, read_records(place, suite))[0]:
+                    typer.echo(str(path))
 
 
 @app.command()
@@ -263,26 +236,24 @@ def verify(
     allow_unverified: Unverified = "",
 ) -> None:
     """Score again from the per-sample files and the data's labels; exit 1 on any difference."""
-    from bench.plan import Job, plan_of
-    from bench.verify import differences, strays
+    from bench.api import described
+    from bench.commands.verify import differences
+    from bench.runs.plan import job_of
+    from bench.runs.sets import strays
 
     found: list[str] = []
-    roots = data_folders(data_root)
+    roots, allowed = data_folders(data_root), split_names(allow_unverified)
     for folder in _runs(folders, out):
         loaded: dict[Any, dict[str, Dataset]] = {}
         for records in _suites(folder, found):
             name = records[0].suite
             try:
-                plan = plan_of(
-                    records[0],
-                    roots=roots,
-                    allow_unverified=split_names(allow_unverified),
-                    folder=folder,
+                job = job_of(
+                    records[0], loaded, roots=roots, allow_unverified=allowed, folder=folder
                 )
-                job = Job.of(name, plan, loaded)
                 wrong = differences(folder, records, job.evaluated)
-            except Exception as error:  # its data are not here, perhaps; the others still count
-                found.append(f"{folder}: {name} was not verified: {_described(error)}")
+            except Exception as error:  # its data are missing, perhaps; the others still count
+                found.append(f"{folder}: {name} was not verified: {described(error)}")
                 continue
             found += [f"{folder}: {text}" for text in wrong]
             count = f"{len(records)} record(s) of {name}"
@@ -294,32 +265,64 @@ def verify(
 @app.command()
 @clean
 def compare(
-    method: Annotated[str, typer.Argument(help="A method of the suite.")],
-    reference: Annotated[str, typer.Argument(help="The method it is compared with.")],
-    folders: Annotated[list[Path] | None, typer.Argument(help="Runs; default: all.")] = None,
-    suite: Annotated[str, typer.Option(help="Whose methods they are.")] = "main",
+    first: Annotated[str, typer.Argument(help="A method, or a run's folder.")],
+    second: Annotated[str, typer.Argument(help="The method or run it is compared with.")],
+    runs: Annotated[
+        list[Path] | None, typer.Option("--run", help="Whose methods; default: all runs.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="The method of two runs.")] = "vitask_with_ep",
+    suite: Annotated[str, typer.Option(help="The methods' suite.")] = "main",
+    metric: Annotated[str, typer.Option(help="a,b,...; default: the usual ones.")] = "",
+    dataset: Annotated[str, typer.Option(help="a,b,...; default: all.")] = "",
+    csv: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
     out: Out = Path("leaderboards"),
 ) -> None:
-    """Difference of two methods on the same images, with its interval and p-value."""
-    from bench import compare as comparison
-    from bench import runs
-    from bench.suites import SUITES
+    """Two methods of a run, or one method in two runs: difference, interval, p-value.
+
+    Images are paired by id. An argument that is a folder with a run.json is a run.
+    """
+    from bench.commands import compare as comparison
+    from bench.commands.show import frame_text
+    from bench.runs.files import write_text
+    from bench.runs.sets import read_manifest
+    from bench.suite import suite as suite_of
 
     check_known("suite", suite, SUITES)
-    found = [folder for folder in _runs(folders, out) if suite in runs.read_manifest(folder)]
-    if not found:
-        raise ValueError(f"no run of suite {suite!r} in {out}; run it first, or give --out")
-    for folder in found:
-        frame = comparison.compare(folder, runs.read_records(folder, suite), method, reference)
-        typer.echo(f"{folder}: {method} against {reference}")
-        typer.echo(frame.to_string(index=False, float_format="{:.4f}".format))
+    given = [(Path(one) / "run.json").is_file() for one in (first, second)]
+    if any(given) and not all(given):
+        other = second if given[0] else first
+        raise ValueError(f"{other} is not a run (no run.json); expected two runs or two methods")
+    frames = {}
+    if all(given):
+        folders = (Path(first), Path(second))
+        frame, notes = comparison.compare_runs(folders, suite, method)
+        frames[f"{method}: {first} against {second}"] = frame
+        for text in notes:
+            _note(text)
+    else:
+        for folder in _runs(runs, out):
+            if suite in read_manifest(folder):
+                frame = comparison.compare_methods(folder, suite, first, second)
+                frames[f"{folder}: {first} against {second}"] = frame
+        if not frames:
+            raise ValueError(f"no run of suite {suite!r} in {out}; run it first, or give --out")
+    for title, frame in frames.items():
+        shown = comparison.chosen(
+            frame, suite_of(suite), split_names(metric), split_names(dataset)
+        )
+        frames[title] = shown
+        typer.echo(f"{title}\n{frame_text(shown)}")
+    if csv is not None:
+        if len(frames) > 1:
+            raise ValueError(f"--csv holds one comparison, not {len(frames)}; name a run by --run")
+        write_text(csv, shown.to_csv(index=False, lineterminator="\n"))
 
 
 @app.command()
 @clean
 def doctor(data_root: Roots = None) -> None:
-    """Look at versions, memory, accelerator and data roots; exit 1 if something is wrong."""
-    from bench.doctor import examine
+    """Check versions, memory, accelerator and data roots; exit 1 if something is wrong."""
+    from bench.commands.doctor import examine
 
     findings = examine(data_root or ())
     for one in findings:
@@ -327,33 +330,6 @@ def doctor(data_root: Roots = None) -> None:
         typer.echo(f"{mark} {one.what}: {one.value}")
     if any(one.ok is False for one in findings):
         raise typer.Exit(FAILED)
-
-
-@app.command()
-@clean
-def predict(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder that a run or save_pretrained wrote.")],
-    folder: Annotated[Path, typer.Argument(help="Folder of images.")],
-    dataset: Annotated[str | None, typer.Option(help="Whose question is asked.")] = None,
-    exemplar: Annotated[
-        bool | None,
-        typer.Option(help="With or without the task-specific model; default: with, if there."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="CSV file; default: standard output.")] = None,
-) -> None:
-    """Class probabilities and answers for a folder of images, as CSV."""
-    from vitask.guard import refuse_hub_kernels
-
-    refuse_hub_kernels()
-    from bench.predict import predict_folder
-
-    text = predict_folder(checkpoint, folder, dataset, exemplar=exemplar).to_csv(index=False)
-    if output is None:
-        typer.echo(text, nl=False)
-        return
-    from bench.record import write_text
-
-    write_text(output, text)
 
 
 def _runs(folders: Sequence[Path] | None, out: Path) -> list[Path]:
@@ -368,11 +344,11 @@ def _runs(folders: Sequence[Path] | None, out: Path) -> list[Path]:
 
 def _suites(folder: Path, broken: list[str]) -> "Iterator[list[Record]]":
     """Each suite's records; a suite that lacks some is noted, and the others still count."""
-    from bench import runs
+    from bench.runs.sets import read_manifest, read_records
 
-    for name in runs.read_manifest(folder):
+    for name in read_manifest(folder):
         try:
-            records = runs.read_records(folder, name)
+            records = read_records(folder, name)
         except ValueError as error:
             broken.append(str(error))
             continue
@@ -388,14 +364,9 @@ def _fail_for(found: Collection[str]) -> None:
 
 def _seeds(text: str) -> tuple[int, ...]:
     given = split_names(text)
-    if not given or not all(word.isdecimal() for word in given):
+    if not all(word.isdecimal() for word in given) or (text and not given):
         raise UnknownName(f"--seeds is {text!r}; expected whole numbers such as 0,1,2")
     return tuple(sorted({int(word) for word in given}))
-
-
-def _in_order(names: Collection[str], own: Sequence[str]) -> tuple[str, ...]:
-    """The recipe's order first, so that the order on the command line decides nothing."""
-    return (*(n for n in own if n in names), *sorted(n for n in names if n not in own))
 
 
 if __name__ == "__main__":

@@ -1,71 +1,78 @@
-"""The paper's table 2: what RDA and CRT contribute, answering without and with the exemplar.
+"""The paper's table 2: what RDA and CRT contribute, without and with the exemplar.
 
-Each loss alone is compared with none, both with RDA alone: those two differ in CRT and nothing
-else, so that what the second loss adds is tested, not what both bring together.
+Each loss alone is compared with none. Both losses together are compared with RDA alone, which
+differs in CRT and nothing else: the test is about what the second loss adds.
 """
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bench.suites import Context, Outcome
+from bench.suite import Method, Outcome, Published, Suite, Training
 
 if TYPE_CHECKING:
+    from bench.runs.work import Work
     from vitask.recipes import Recipe
 
-STUDY = True
-METHODS = {
-    "vanilla": "Van alone, no exemplar in training",
-    "rda": "Van + EP + RDA, answering alone",
-    "crt": "Van + CRT, no exemplar in training",
-    "rda_crt": "Van + EP + RDA + CRT, answering alone: VITask without exemplar; CRT added to `rda`",
-    "vanilla_with_ep": "Van + EP, answering with the exemplar",
-    "rda_with_ep": "Van + EP + RDA, answering with the exemplar",
-    "crt_with_ep": "Van + EP + CRT, answering with the exemplar",
-    "rda_crt_with_ep": "all losses, with the exemplar: VITask; CRT added to `rda_with_ep`",
+ANSWERS = {  # model -> the methods it answers as: without, with the exemplar
+    "vanilla": ("vanilla", ""),
+    "crt": ("crt", ""),
+    "ep": ("", "vanilla_with_ep"),
+    "rda": ("rda", "rda_with_ep"),
+    "ep_crt": ("", "crt_with_ep"),
+    "vitask": ("rda_crt", "rda_crt_with_ep"),
 }
-REFERENCE = {
-    "rda": "vanilla", "crt": "vanilla", "rda_crt": "rda", "vanilla_with_ep": "vanilla",
-    "rda_with_ep": "vanilla_with_ep", "crt_with_ep": "vanilla_with_ep",
-    "rda_crt_with_ep": "rda_with_ep",
-}  # fmt: skip
-PUBLISHED = "vitask_table2_ablation.csv"
-PUBLISHED_NOTE = """\
-Bai et al. 2024, table 2: InternVL2-2B at 224 pixels on five datasets. Another model and other
-images: not comparable number by number."""
 
 
-def models(recipe: "Recipe") -> "dict[str, tuple[Recipe, dict[bool, str]]]":
-    """Name of a model -> its recipe, and the methods it answers as: without, with exemplar."""
+def ablated(recipe: "Recipe") -> dict[str, Training]:
+    """VITask with and without each of its losses."""
     from vitask.recipes import vanilla
 
     plain = vanilla(recipe)
-    without_crt = replace(recipe, crt_weight=0.0)
-    return {
-        "vanilla": (plain, {False: "vanilla"}),
-        "crt": (replace(plain, crt_weight=recipe.crt_weight), {False: "crt"}),
-        "ep": (replace(without_crt, rda_weight=0.0), {True: "vanilla_with_ep"}),
-        "rda": (without_crt, {False: "rda", True: "rda_with_ep"}),
-        "ep_crt": (replace(recipe, rda_weight=0.0), {True: "crt_with_ep"}),
-        "vitask": (recipe, {False: "rda_crt", True: "rda_crt_with_ep"}),
+    rda = replace(recipe, crt_weight=0.0)
+    recipes = {
+        "vanilla": plain,
+        "crt": replace(plain, crt_weight=recipe.crt_weight),
+        "ep": replace(rda, rda_weight=0.0),
+        "rda": rda,
+        "ep_crt": replace(recipe, rda_weight=0.0),
+        "vitask": recipe,
     }
+    return {name: Training(name, own) for name, own in recipes.items()}
 
 
-def units(recipe: "Recipe") -> float:
-    from bench.work import SCORING, specialist_units, tuning_units
+class Ablation(Suite):
+    name = "ablation"
+    question = "The paper's table 2: what do RDA and CRT contribute?"
+    methods = (
+        Method("vanilla", "Van alone, no exemplar in training"),
+        Method("rda", "Van + EP + RDA, without the exemplar", "vanilla"),
+        Method("crt", "Van + CRT, no exemplar in training", "vanilla"),
+        Method("rda_crt", "all losses, without the exemplar: VITask; CRT added to `rda`", "rda"),
+        Method("vanilla_with_ep", "Van + EP, with the exemplar", "vanilla"),
+        Method("rda_with_ep", "Van + EP + RDA, with the exemplar", "vanilla_with_ep"),
+        Method("crt_with_ep", "Van + EP + CRT, with the exemplar", "vanilla_with_ep"),
+        Method(
+            "rda_crt_with_ep",
+            "all losses, with the exemplar: VITask; CRT added to `rda_with_ep`",
+            "rda_with_ep",
+        ),
+    )
+    published = Published(
+        "vitask_table2_ablation.csv",
+        "Bai et al. 2024, table 2: InternVL2-2B at 224 pixels on five datasets. The model and the "
+        "images differ from those above: do not compare number by number.",
+    )
 
-    tuning = sum(tuning_units(own) for own, _ in models(recipe).values())
-    return tuning + specialist_units(recipe) + SCORING * len(METHODS)
+    def models(self, recipe: "Recipe") -> dict[str, Training]:
+        return {"tsm": Training("tsm", recipe, kind="tsm"), **ablated(recipe)}
+
+    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+        models = self.models(work.recipe)
+        tsm = work.tsm(models["tsm"])
+        for name, methods in ANSWERS.items():
+            if {*methods} & set(wanted):
+                yield from work.both_ways(work.tuned(models[name], tsm), methods, wanted)
 
 
-def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
-    from bench.work import Work
-
-    work = Work(context, seed)
-    specialist = work.specialist()
-    for name, (recipe, methods) in models(context.recipe).items():
-        if not set(methods.values()) & set(wanted):
-            continue
-        tuned = work.tuned(recipe, specialist, name=name)
-        pair = (methods.get(False, ""), methods.get(True, ""))
-        yield from work.both_ways(tuned, pair, wanted)
+SUITE = Ablation()

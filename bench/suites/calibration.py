@@ -1,119 +1,141 @@
-"""Can the probabilities be trusted, and is it better to abstain? Both settled on validation data.
+"""Can the probabilities be trusted, and does abstaining help? Both are set on validation data.
 
-`_scaled`: log-probabilities divided by one temperature per dataset, which makes the validation
-part likeliest; answers stay the same. Abstention: the share of the validation part with the
-largest confidence fixes a threshold, and the test images above it are answered.
+`_scaled`: one temperature per dataset divides the log-probabilities. It maximises the likelihood
+of the validation split, and leaves the answers unchanged. Abstention: a share of the validation
+split with the largest confidence sets a threshold, and the test images above it are answered.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.suites import Context, Outcome
+from bench.suite import Method, Outcome, Suite, Training, pick, tsm_vanilla_vitask
 
 if TYPE_CHECKING:
-    from bench.record import Record
-    from bench.table import Answers
-    from bench.work import Work
+    from bench.report.answers import Answers
+    from bench.runs.records import Record
+    from bench.runs.work import Work
     from vitask.data.spec import Dataset
     from vitask.recipes import Recipe
     from vitask.score import Prediction
 
-STUDY = True
 KINDS = {
-    "tsm": "the task-specific model alone",
+    "tsm": "the task-specific model",
     "vanilla": "Van alone",
-    "vitask_without_ep": "VITask, answering alone",
-    "vitask_with_ep": "VITask, answering with the exemplar",
+    "vitask_without_ep": "VITask without the exemplar",
+    "vitask_with_ep": "VITask with the exemplar",
 }
 SCALED = "_scaled"
-METHODS = KINDS | {f"{kind}{SCALED}": f"{text}, temperature scaled" for kind, text in KINDS.items()}
-REFERENCE = {f"{kind}{SCALED}": kind for kind in KINDS}
-PUBLISHED = None
-PUBLISHED_NOTE = ""
-TABLES = {
-    "ece": "Expected calibration error (15 bins; lower is better)",
-    "macro_f1": "Macro-F1, by constrained scoring",
-    "accuracy": "Accuracy, by constrained scoring",
-}
-COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the validation part that are answered
+COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the validation split that are answered
 LOG_TEMPERATURES = (-3.0, 3.0)
+TITLE = (
+    "Accuracy on the answered test images, its 95 % interval at these thresholds, and the share "
+    "that is answered; averaged over datasets and seeds"
+)
+Scores = dict[str, "Prediction"]  # dataset -> prediction of one split
 
 
-def units(recipe: "Recipe") -> float:
-    from bench.work import SCORING, specialist_units, tuning_units
-    from vitask.recipes import vanilla
+class Calibration(Suite):
+    name = "calibration"
+    question = "Can the probabilities be trusted, and does abstaining help?"
+    methods = (
+        *(Method(kind, text) for kind, text in KINDS.items()),
+        *(
+            Method(f"{kind}{SCALED}", f"{text}, temperature scaled", against=kind)
+            for kind, text in KINDS.items()
+        ),
+    )
+    metrics = pick("ece", "macro_f1", "accuracy")
 
-    tuning = tuning_units(recipe) + tuning_units(vanilla(recipe))
-    return tuning + specialist_units(recipe) + SCORING * len(METHODS)
+    def models(self, recipe: "Recipe") -> dict[str, Training]:
+        return tsm_vanilla_vitask(recipe)
+
+    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+        models = self.models(work.recipe)
+        for kind in KINDS:
+            if not {kind, f"{kind}{SCALED}"} & set(wanted):
+                continue
+            name = kind.partition("_")[0]
+            tsm = None if name == "vanilla" else work.tsm(models["tsm"])
+            if name == "tsm":
+                assert tsm is not None
+                note = tsm.note
+                val, test = (_of(work.classify(tsm.model, split)) for split in ("val", "test"))
+            else:
+                tuned = work.tuned(models[name], tsm)
+                note, exemplar = tuned.note, tuned.exemplar if kind == "vitask_with_ep" else None
+                val, test = (
+                    _scores(work, tuned.model, exemplar, split) for split in ("val", "test")
+                )
+            yield from _outcomes(work, kind, val, test, wanted, note)
+
+    def sections(
+        self, records: "Sequence[Record]", answers: "Answers"
+    ) -> list[tuple[str, str]]:
+        """Accuracy on the answered images, by the share of the validation split answered."""
+        from bench.stats.resampling import interval
+
+        head = [f"{coverage:.0%} of validation" for coverage in COVERAGES]
+        lines = ["| method | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+        plain = {(r.method, r.seed): r for r in records}
+        for kind in KINDS:
+            curves, drawn = [], []
+            for record in (r for r in records if r.method == f"{kind}{SCALED}"):
+                for name, curve in record.extras["abstention"].items():
+                    curves.append(curve)
+                    drawn.append(_drawn_accuracies(answers, plain[kind, record.seed], name, curve))
+            if not curves:
+                continue
+            ends = [interval(values) for values in np.mean(drawn, axis=0)]
+            means = zip(np.mean(curves, axis=0), ends, strict=True)
+            cells = [
+                f"{accuracy:.3f} [{low:.3f}, {high:.3f}] ({share:.0%})"
+                for (_, share, accuracy), (low, high) in means
+            ]
+            lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+        return [(TITLE, "\n".join(lines))]
 
 
-def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
-    from bench.work import Work
-    from vitask.recipes import vanilla
-
-    work, recipe = Work(context, seed), context.recipe
-    asked = [kind for kind in KINDS if {kind, f"{kind}{SCALED}"} & set(wanted)]
-    if not asked:
-        return
-    specialist = work.specialist()
-    plain = work.tuned(vanilla(recipe), name="vanilla") if "vanilla" in asked else None
-    vitask = None
-    if {"vitask_without_ep", "vitask_with_ep"} & set(asked):
-        vitask = work.tuned(recipe, specialist, name="vitask")
-    for kind in asked:
-        model = plain if kind == "vanilla" else vitask
-        exemplar = vitask.exemplar if vitask is not None and kind == "vitask_with_ep" else None
-        tuned = None if model is None or kind == "tsm" else model.model
-        parts = {part: _scores(work, specialist.model, tuned, exemplar, part) for part in PARTS}
-        note = specialist.note if kind == "tsm" or model is None else model.note
-        yield from _outcomes(work, kind, parts, wanted, note)
+def _of(predictions: "list[Prediction]") -> Scores:
+    return {prediction.dataset: prediction for prediction in predictions}
 
 
-PARTS = ("val", "test")
-Scores = dict[str, "Prediction"]  # dataset -> prediction of one part
-
-
-def _scores(work: "Work", tsm: Any, model: Any, exemplar: Any, part: str) -> Scores:
+def _scores(work: "Work", model: Any, exemplar: Any, split: str) -> Scores:
     from vitask.score import Prediction
 
     done = {}
-    for name, dataset in work.context.evaluated.items():
-        if model is None:
-            log_p = tsm.log_probabilities(dataset.splits[part].images, dataset.spec)
-            kind = "labels" if dataset.spec.multi_label else "candidates"
-        else:
-            features = None if exemplar is None else exemplar(name, part)
-            log_p = model.score(name, model.tokens(work.image(name, part), features))
-            kind = "candidates"
-        done[name] = Prediction(name, kind, log_p)
+    for name in work.evaluated:
+        features = None if exemplar is None else exemplar(name, split)
+        log_p = model.score(name, model.tokens(work.image(name, split), features))
+        done[name] = Prediction(name, "candidates", log_p)
     return done
 
 
 def _outcomes(
     work: "Work",
     kind: str,
-    parts: Mapping[str, Scores],
+    vals: Mapping[str, "Prediction"],
+    tests: Mapping[str, "Prediction"],
     wanted: Collection[str],
     note: dict[str, Any],
 ) -> Iterator[Outcome]:
-    from dataclasses import replace
+    from bench.runs.work import rounded
 
     scaled, temperatures, curves = [], {}, {}
-    for name, dataset in work.context.evaluated.items():
-        members = work.untuned.tasks[name].candidates.members
-        val, test = parts["val"][name], parts["test"][name]
-        temperature = fit(val, dataset, members)
-        temperatures[name] = temperature
-        scaled.append(replace(test, log_probability=at(test, temperature)))
-        curves[name] = abstention(val, test, dataset, members)
+    for name, dataset in work.evaluated.items():
+        members = work.tasks[name].candidates.members
+        val, test = vals[name], tests[name]
+        temperatures[name] = fit(val, dataset, members)
+        scaled.append(replace(test, log_probability=at(test, temperatures[name])))
+        curves[name] = abstention(rounded(val), rounded(test), dataset, members)
     if kind in wanted:
-        yield work.answers(kind, list(parts["test"].values()), note)
+        yield work.outcome(kind, list(tests.values()), note)
     if f"{kind}{SCALED}" in wanted:
-        answered = work.answers(f"{kind}{SCALED}", scaled, note)
+        outcome = work.outcome(f"{kind}{SCALED}", scaled, note)
         own = {"temperature": temperatures, "abstention": curves}
-        yield replace(answered, extras=answered.extras | own)
+        yield replace(outcome, extras=outcome.extras | own)
 
 
 def at(prediction: "Prediction", temperature: float) -> np.ndarray:
@@ -126,7 +148,7 @@ def at(prediction: "Prediction", temperature: float) -> np.ndarray:
 
 
 def fit(val: "Prediction", dataset: "Dataset", members: np.ndarray) -> float:
-    """The temperature at which the validation part's answers are likeliest."""
+    """The temperature that maximises the likelihood of the validation split."""
     from scipy.optimize import minimize_scalar
 
     truth = dataset.splits["val"].labels
@@ -138,8 +160,8 @@ def fit(val: "Prediction", dataset: "Dataset", members: np.ndarray) -> float:
             return -float(np.where(truth == 1, log_p, absent).mean())
         log_p = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
         answer = _answer(truth, members)
-        there = answer >= 0  # a set of labels that is no candidate has no likelihood
-        return -float(log_p[there, answer[there]].mean()) if there.any() else 0.0
+        known = answer >= 0  # a label set that is not a candidate has no likelihood
+        return -float(log_p[known, answer[known]].mean()) if known.any() else 0.0
 
     found = minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded")
     return round(float(np.exp(found.x)), 6)
@@ -157,19 +179,19 @@ def abstention(
     val: "Prediction", test: "Prediction", dataset: "Dataset", members: np.ndarray
 ) -> list[list[float]]:
     """[share of val answered, share of test answered, accuracy on these] for each coverage."""
-    confidence = {part: _confidence(p) for part, p in (("val", val), ("test", test))}
+    of_val, of_test = confidence(val), confidence(test)
     right = _right(test, dataset.splits["test"].labels, members)
     found = []
     for coverage in COVERAGES:
-        threshold = np.quantile(confidence["val"], 1 - coverage) if coverage < 1 else -np.inf
-        kept = confidence["test"] >= threshold
-        accuracy = float(right[kept].mean()) if kept.any() else 0.0
-        found.append([coverage, round(float(kept.mean()), 6), round(accuracy, 6)])
+        threshold = np.quantile(of_val, 1 - coverage) if coverage < 1 else -np.inf
+        answered = of_test >= threshold
+        accuracy = float(right[answered].mean()) if answered.any() else 0.0
+        found.append([coverage, round(float(answered.mean()), 6), round(accuracy, 6)])
     return found
 
 
-def _confidence(prediction: "Prediction") -> np.ndarray:
-    """Log-probability of the answer that is given."""
+def confidence(prediction: "Prediction") -> np.ndarray:
+    """Log-probability of the given answer, (images,)."""
     log_p = prediction.log_probability
     if prediction.kind == "labels":
         absent = np.log1p(-np.exp(np.minimum(log_p, -1e-12)))
@@ -184,35 +206,6 @@ def _right(prediction: "Prediction", labels: np.ndarray, members: np.ndarray) ->
     return log_p.argmax(1) == _answer(labels, members)
 
 
-def sections(records: "Sequence[Record]", answers: "Answers") -> list[tuple[str, str]]:
-    """Accuracy on what is answered, by the share of the validation part that is answered."""
-    from bench.stats import interval
-
-    title = (
-        "Accuracy on the answered test images, its 95 % interval for these thresholds, and the "
-        "share that is answered; averaged over datasets and seeds"
-    )
-    head = [f"{coverage:.0%} of validation" for coverage in COVERAGES]
-    lines = ["| method | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
-    plain = {(r.method, r.seed): r for r in records}
-    for kind in KINDS:
-        mine = [r for r in records if r.method == f"{kind}{SCALED}"]
-        curves, drawn = [], []
-        for r in mine:
-            for name, curve in r.extras["abstention"].items():
-                curves.append(curve)
-                drawn.append(_drawn_accuracies(answers, plain[kind, r.seed], name, curve))
-        if not curves:
-            continue
-        ends = [interval(values) for values in np.mean(drawn, axis=0)]
-        cells = [
-            f"{accuracy:.3f} [{low:.3f}, {high:.3f}] ({share:.0%})"
-            for (_, share, accuracy), (low, high) in zip(np.mean(curves, axis=0), ends, strict=True)
-        ]
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return [(title, "\n".join(lines))]
-
-
 def _drawn_accuracies(
     answers: "Answers", record: "Record", name: str, curve: list[list[float]]
 ) -> np.ndarray:
@@ -222,13 +215,16 @@ def _drawn_accuracies(
     """
     scored, sample = answers.scored(record, name), answers.samples[record.name][name]
     right = (scored.labels == scored.predicted).reshape(len(scored.labels), -1).all(1)
-    confidence = _confidence(sample.prediction)
-    weights, ordered = answers.weights(name).astype(float), np.sort(confidence)[::-1]
+    sure = confidence(sample.prediction)
+    weights, ordered = answers.weights(name).astype(float), np.sort(sure)[::-1]
     found = []
     for _, share, _ in curve:
         count = round(share * len(ordered))
-        kept = confidence >= (ordered[count - 1] if count else np.inf)
-        total = weights @ kept
-        hit = weights @ (right & kept)
+        answered = sure >= (ordered[count - 1] if count else np.inf)
+        total = weights @ answered
+        hit = weights @ (right & answered)
         found.append(np.divide(hit, total, out=np.full(len(total), np.nan), where=total > 0))
     return np.array(found)
+
+
+SUITE = Calibration()

@@ -1,10 +1,10 @@
-"""MedMNIST-C: what is left when images are corrupted as images of their modality are.
+"""MedMNIST-C: how well do the models answer corrupted images, corrupted as their modality is?
 
-NAME is the clean test part; NAME+CORRUPTION holds each of its images at severities 1 to 5, made by
-the package medmnistc. `lost` is what the corruption takes from the balanced accuracy. `be` and
-`rbe` are MedMNIST-C's own errors, relative to its AlexNet, and there at 224 pixels only; a set
-that has none is named below. An image is resampled with all that was made of it; the average is
-over the corrupted sets alone.
+NAME is the clean test split. NAME+CORRUPTION holds each of its images at severities 1 to 5, made
+by the package medmnistc. `lost` is the balanced accuracy that the corruption costs. `be` and `rbe`
+are MedMNIST-C's own errors, relative to its AlexNet at 224 pixels; datasets without one are named
+below. An image is resampled together with its corrupted versions. The average is over the
+corrupted sets alone.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -14,160 +14,189 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.suites import Context, Outcome
+from bench.runs import corruption as medmnist_c
+from bench.suite import Method, Metric, Outcome, Suite, Training, pick, tsm_vanilla_vitask
 
 if TYPE_CHECKING:
-    from bench.plan import Plan
-    from bench.record import Record
-    from bench.table import Answers
+    from bench.report.answers import Answers
+    from bench.runs.plan import Plan
+    from bench.runs.records import Record
+    from bench.runs.work import TrainedTSM, Tuned, Work
     from vitask.data.spec import Dataset
     from vitask.recipes import Recipe
     from vitask.score import Prediction
 
-STUDY = True
-METHODS = {
-    "tsm": "the task-specific model",
-    "vanilla": "Van alone",
-    "vitask_without_ep": "VITask, answering alone",
-    "vitask_with_ep": "VITask, answering with the exemplar",
-}
-REFERENCE = "vanilla"
-PUBLISHED = None
-PUBLISHED_NOTE = ""
-TABLES = {
-    "macro_f1": "Macro-F1, by constrained scoring",
-    "balanced_accuracy": "Balanced accuracy",
-    "lost": "Balanced accuracy lost against the clean images (lower is better)",
-    "be": "MedMNIST-C's balanced error relative to AlexNet's (lower is better)",
-    "rbe": "MedMNIST-C's relative balanced error (lower is better)",
-}
-LIBRARIES = ("medmnistc", "opencv-python-headless", "scikit-image", "wand")
-MARK = "+"  # between a set's name and its corruption's
-SCORED = 12.0  # scoring all corruptions of a set, in scorings of its test part
+MARK = "+"  # between a dataset's name and its corruption's
+BY_SEVERITY = "Balanced accuracy by severity, mean over corruptions and seeds, and its 95 % interval"
 
 
-def averaged(name: str) -> bool:
-    return MARK in name
+def base_of(dataset: str) -> str:
+    return dataset.partition(MARK)[0]
 
 
-def images_of(name: str) -> str:
-    return name.partition(MARK)[0]
+class Corruptions(Suite):
+    name = "corruptions"
+    question = "MedMNIST-C: how well do the models answer corrupted images?"
+    methods = (
+        Method("tsm", "the task-specific model", "vanilla"),
+        Method("vanilla", "Van alone"),
+        Method("vitask_without_ep", "VITask without the exemplar", "vanilla"),
+        Method("vitask_with_ep", "VITask with the exemplar", "vanilla"),
+    )
+    metrics = (
+        *pick("macro_f1", "balanced_accuracy"),
+        Metric(
+            "lost",
+            "Balanced accuracy lost against the clean images (lower is better)",
+            lower_is_better=True,
+        ),
+        Metric(
+            "be",
+            "MedMNIST-C's balanced error relative to AlexNet's (lower is better)",
+            lower_is_better=True,
+        ),
+        Metric(
+            "rbe",
+            "MedMNIST-C's relative balanced error (lower is better)",
+            lower_is_better=True,
+        ),
+    )
+    libraries = ("medmnistc", "opencv-python-headless", "scikit-image", "wand")
 
+    def averaged(self, dataset: str) -> bool:
+        return MARK in dataset
 
-def lost_against(name: str) -> dict[str, tuple[str, str]]:
-    """`lost` is the clean set's balanced accuracy minus this one's."""
-    return {"lost": (images_of(name), "balanced_accuracy")} if MARK in name else {}
+    def images_of(self, dataset: str) -> str:
+        return base_of(dataset)
 
+    def lost_against(self, dataset: str) -> dict[str, tuple[str, str]]:
+        clean = (base_of(dataset), "balanced_accuracy")
+        return {"lost": clean} if MARK in dataset else {}
 
-def unavailable(plan: "Plan") -> str | None:
-    from bench import corruption
+    def lacking(self, plan: "Plan") -> str | None:
+        return medmnist_c.missing()
 
-    return corruption.missing()
+    def evaluated(self, plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
+        """Clean and corrupted test splits; `run` makes the corrupted images, set by set."""
+        from vitask.data.subset import subset
 
+        found = {}
+        for name, dataset in datasets.items():
+            clean = subset(dataset, test=plan.recipe.corrupted_limit)
+            found[name] = clean
+            for corruption in medmnist_c.split_listed(dataset.spec)[0]:
+                own = _described(clean, corruption)
+                found[own.spec.name] = own
+        return found
 
-def evaluated(plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
-    """Clean and corrupted test parts; the corrupted images are made by `run`, set by set."""
-    from bench.corruption import split_listed
-    from vitask.data import subset
+    def models(self, recipe: "Recipe") -> dict[str, Training]:
+        return tsm_vanilla_vitask(recipe)
 
-    found = {}
-    for name, dataset in datasets.items():
-        clean = subset(dataset, test=plan.recipe.corrupted_limit)
-        found[name] = clean
-        for corruption in split_listed(dataset.spec)[0]:
-            own = _described(clean, corruption)
-            found[own.spec.name] = own
-    return found
+    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+        models = self.models(work.recipe)
+        tsm = work.tsm(models["tsm"])
+        vanilla, vitask = work.tuned(models["vanilla"]), work.tuned(models["vitask"], tsm)
+        notes = {"tsm": tsm.note, "vanilla": vanilla.note}
+        found: dict[str, list[Prediction]] = {method.name: [] for method in self.methods}
+        for name in work.evaluated:
+            for method, prediction in _answers(work, name, tsm, vanilla, vitask).items():
+                found[method].append(prediction)
+        lacking = {
+            name: medmnist_c.split_listed(dataset.spec)[1]
+            for name, dataset in work.datasets.items()
+        }
+        for method in (m.name for m in self.methods if m.name in wanted):
+            outcome = work.outcome(method, found[method])
+            values, steps = _judged(work, outcome.predictions)
+            changed = notes.get(method, vitask.note)["changed"]
+            extras = {"changed": changed, "unavailable": lacking, "severities": steps}
+            yield replace(outcome, extras=extras, values=values)
+
+    def sections(
+        self, records: "Sequence[Record]", answers: "Answers"
+    ) -> list[tuple[str, str]]:
+        """By severity, and which corruptions or errors are missing."""
+        first = records[0]
+        lines = ["| dataset | method | clean | 1 | 2 | 3 | 4 | 5 |", "|---" * 8 + "|"]
+        corrupted = {base_of(name) for name in first.extras["severities"]}
+        for base in (name for name in first.trained_on if name in corrupted):
+            weights = answers.weights(base).astype(float)
+            for method in (m.name for m in self.methods):
+                mine = [r for r in records if r.method == method]
+                cells = _by_severity(mine, answers, base, weights)
+                lines.append(f"| {base} | {method} | " + " | ".join(cells) + " |")
+        found = [(BY_SEVERITY, "\n".join(lines))] if len(lines) > 2 else []
+        if lacking := missing(first):
+            lines = ["| dataset | what | why |", "|---|---|---|"]
+            lines += [f"| {' | '.join(row)} |" for row in lacking]
+            found.append(("Of MedMNIST-C, but not available here", "\n".join(lines)))
+        return found
 
 
 def _described(clean: "Dataset", corruption: str) -> "Dataset":
     """Labels, ids and groups of a corrupted set, over a black image that takes no memory."""
-    from bench.corruption import SEVERITIES
     from vitask.data.spec import Split
 
     test = clean.splits["test"]
-    count = SEVERITIES * len(test)
+    severities = medmnist_c.SEVERITIES
     split = Split(
-        np.broadcast_to(np.uint8(0), (count, *test.images.shape[1:])),
-        np.concatenate([test.labels] * SEVERITIES),
-        np.array([f"{i}@{severity + 1}" for severity in range(SEVERITIES) for i in test.ids]),
-        np.concatenate([test.ids if test.groups is None else test.groups] * SEVERITIES),
+        np.broadcast_to(np.uint8(0), (severities * len(test), *test.images.shape[1:])),
+        np.concatenate([test.labels] * severities),
+        np.array([f"{i}@{severity + 1}" for severity in range(severities) for i in test.ids]),
+        np.concatenate([test.ids if test.groups is None else test.groups] * severities),
     )
     spec = replace(clean.spec, name=f"{clean.spec.name}{MARK}{corruption}")
     return replace(clean, spec=spec, splits=clean.splits | {"test": split})
 
 
-def units(recipe: "Recipe") -> float:
-    from bench.work import SCORING, specialist_units, tuning_units
-    from vitask.recipes import vanilla
-
-    tuning = tuning_units(recipe) + tuning_units(vanilla(recipe))
-    return tuning + specialist_units(recipe) + SCORED * SCORING * len(METHODS)
-
-
-def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
-    from bench.corruption import corrupted, split_listed
-    from bench.work import SCORING, Work
-    from vitask.recipes import vanilla
+def _answers(
+    work: "Work", name: str, tsm: "TrainedTSM", vanilla: "Tuned", vitask: "Tuned"
+) -> "dict[str, Prediction]":
+    """Method -> its answers to a clean or a corrupted set."""
+    from bench.runs.work import classified
     from vitask.score import Prediction
 
-    work = Work(context, seed)
-    specialist = work.specialist()
-    plain = work.tuned(vanilla(context.recipe), name="vanilla")
-    tuned = work.tuned(context.recipe, specialist, name="vitask")
-    found: dict[str, list[Prediction]] = {method: [] for method in METHODS}
-    cost = SCORED * SCORING * len(METHODS) / len(context.evaluated)
-    for name, dataset in context.evaluated.items():
-        base, _, corruption = name.partition(MARK)
-        images = context.evaluated[base].splits["test"].images
-        if corruption:
-            key = ("corrupted", name, len(images))
-            if key not in context.cache:
-                context.cache[key] = corrupted(images, context.datasets[base].spec, corruption)
-            images = context.cache[key]
-        image = tuned.model.vlm.image_features(images)
-        scores = {"vanilla": plain.model.score(base, plain.model.seen(image))}
-        features = specialist.model.features(images, tuned.model.feature_kind)
-        ways = ("vitask_without_ep", "vitask_with_ep")
-        scores |= dict(zip(ways, tuned.model.score_both(base, image, features), strict=True))
-        for method, log_p in scores.items():
-            found[method].append(Prediction(name, "candidates", log_p))
-        log_p = specialist.model.log_probabilities(images, dataset.spec)
-        kind = "labels" if dataset.spec.multi_label else "candidates"
-        found["tsm"].append(Prediction(name, kind, log_p))
-        work.advance(cost, f"{name}, seed {seed}")
-    lacking = {name: split_listed(d.spec)[1] for name, d in context.datasets.items()}
-    for method in METHODS:
-        if method in wanted:
-            values, steps = _judged(context, found[method])
-            note = {"tsm": specialist.note, "vanilla": plain.note}.get(method, tuned.note)
-            extras = {"changed": note["changed"], "unavailable": lacking, "severities": steps}
-            yield Outcome(method, found[method], extras, values=values)
+    base, _, corruption = name.partition(MARK)
+    images = work.evaluated[base].splits["test"].images
+    if corruption:
+        place = ("corrupted", name, len(images))
+        if place not in work.cache:
+            spec = work.datasets[base].spec
+            work.cache[place] = medmnist_c.corrupted(images, spec, corruption)
+        images = work.cache[place]
+    image = vitask.model.vlm.image_features(images)
+    features = tsm.model.features(images, vitask.model.feature_kind)
+    without, with_ep = vitask.model.score_both(base, image, features)
+    scores = {
+        "vanilla": vanilla.model.score(base, vanilla.model.image_inputs(image)),
+        "vitask_without_ep": without,
+        "vitask_with_ep": with_ep,
+    }
+    found = {method: Prediction(name, "candidates", log_p) for method, log_p in scores.items()}
+    return found | {"tsm": classified(tsm.model, name, images, work.evaluated[name])}
 
 
 def _judged(
-    context: Context, predictions: "list[Prediction]"
+    work: "Work", predictions: "list[Prediction]"
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
     """lost, be and rbe of each corrupted set, and its balanced accuracy by severity."""
-    from bench.corruption import SEVERITIES, SIDE, relative_errors
-
     accuracy, steps = {}, {}
     for prediction in predictions:
         name = prediction.dataset
         count = len(prediction.log_probability)
-        balanced = partial(_balanced, prediction, context.evaluated[name])
+        balanced = partial(_balanced, prediction, work.evaluated[name])
         accuracy[name] = balanced(np.arange(count))
         if MARK in name:
-            rows = np.split(np.arange(count), SEVERITIES)
-            steps[name] = [round(balanced(part), 6) for part in rows]
+            rows = np.split(np.arange(count), medmnist_c.SEVERITIES)
+            steps[name] = [round(balanced(severity), 6) for severity in rows]
     values: dict[str, dict[str, float]] = {}
-    for base, dataset in context.datasets.items():
+    for base, dataset in work.datasets.items():
         mine = {n.partition(MARK)[2]: a for n, a in accuracy.items() if n.startswith(base + MARK)}
         for corruption, one in mine.items():
             values[f"{base}{MARK}{corruption}"] = {"lost": accuracy[base] - one}
-        if dataset.size == SIDE:
+        if dataset.size == medmnist_c.SIDE:
             errors = {name: 1 - one for name, one in mine.items()}
-            own = relative_errors(dataset.spec, 1 - accuracy[base], errors)
+            own = medmnist_c.relative_errors(dataset.spec, 1 - accuracy[base], errors)
             for corruption, (be, rbe) in own.items():
                 values[f"{base}{MARK}{corruption}"] |= {"be": be, "rbe": rbe}
     return values, steps
@@ -175,45 +204,18 @@ def _judged(
 
 def _balanced(prediction: "Prediction", dataset: "Dataset", rows: np.ndarray) -> float:
     """Balanced accuracy on some of the test images."""
-    from bench.metrics import measure, scored
+    from bench.stats.metrics import measure, scored
     from vitask.prompts import candidates
 
     labels = dataset.splits["test"].labels[rows]
     answers = candidates(dataset.spec, dataset.splits["train"].labels)
-    part = replace(prediction, log_probability=prediction.log_probability[rows])
-    return float(measure(scored(dataset.spec, labels, part, answers))["balanced_accuracy"][0])
-
-
-def sections(records: "Sequence[Record]", answers: "Answers") -> list[tuple[str, str]]:
-    """By severity, and what is not there."""
-    first = records[0]
-    bases = list(first.trained_on)
-    lines = ["| dataset | method | clean | 1 | 2 | 3 | 4 | 5 |", "|---" * 8 + "|"]
-    corrupted = {images_of(name) for name in first.extras["severities"]}
-    for base in bases:
-        if base not in corrupted:
-            continue
-        weights = answers.weights(base).astype(float)
-        for method in METHODS:
-            mine = [r for r in records if r.method == method]
-            cells = _by_severity(mine, answers, base, weights)
-            lines.append(f"| {base} | {method} | " + " | ".join(cells) + " |")
-    found = []
-    if len(lines) > 2:
-        title = (
-            "Balanced accuracy by severity, mean over corruptions and seeds, and its 95 % interval"
-        )
-        found.append((title, "\n".join(lines)))
-    if lacking := missing(first):
-        lines = ["| dataset | what | why |", "|---|---|---|"]
-        lines += [f"| {' | '.join(row)} |" for row in lacking]
-        found.append(("Of MedMNIST-C, but not available here", "\n".join(lines)))
-    return found
+    some = replace(prediction, log_probability=prediction.log_probability[rows])
+    return float(measure(scored(dataset.spec, labels, some, answers))["balanced_accuracy"][0])
 
 
 def missing(record: "Record") -> list[tuple[str, str, str]]:
-    """(dataset, what, why): corruptions that could not be made, and its own errors."""
-    made = {images_of(name): record.metrics[name] for name in record.extras["severities"]}
+    """(dataset, what, why): corruptions that could not be made, and missing errors."""
+    made = {base_of(name): record.metrics[name] for name in record.extras["severities"]}
     found = []
     for base, lacking in record.extras["unavailable"].items():
         found += [(base, name, why) for name, why in lacking.items()]
@@ -226,11 +228,9 @@ def missing(record: "Record") -> list[tuple[str, str, str]]:
 
 def _no_errors(size: int) -> str:
     """Why a set has none of MedMNIST-C's own errors."""
-    from bench.corruption import SIDE
-
-    if size == SIDE:
+    if size == medmnist_c.SIDE:
         return "MedMNIST-C has no AlexNet's errors for this dataset"
-    return f"relative to an AlexNet's errors at {SIDE} pixels; these images have {size}"
+    return f"relative to an AlexNet's errors at {medmnist_c.SIDE} pixels; these images have {size}"
 
 
 def _by_severity(
@@ -240,20 +240,19 @@ def _by_severity(
 
     weights: (resamples, n) of the clean images; with an image all its versions are drawn.
     """
-    from bench.corruption import SEVERITIES
-    from bench.metrics import measure
-    from bench.stats import interval
+    from bench.stats.metrics import measure
+    from bench.stats.resampling import interval
 
     points, drawn = [], []
     for record in records:
         clean = record.metrics[base]["balanced_accuracy"]
         whole = measure(answers.scored(record, base), weights, ranks=False)["balanced_accuracy"]
         for name, steps in record.extras["severities"].items():
-            if images_of(name) != base:
+            if base_of(name) != base:
                 continue
             scored = answers.scored(record, name)
             found = [whole]
-            for rows in np.split(np.arange(len(scored.labels)), SEVERITIES):
+            for rows in np.split(np.arange(len(scored.labels)), medmnist_c.SEVERITIES):
                 part = replace(
                     scored,
                     labels=scored.labels[rows],
@@ -268,3 +267,6 @@ def _by_severity(
         f"{point:.3f} [{low:.3f}, {high:.3f}]"
         for point, (low, high) in zip(np.mean(points, axis=0), ends, strict=True)
     ]
+
+
+SUITE = Corruptions()

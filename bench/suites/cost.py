@@ -1,9 +1,9 @@
-"""What each method costs: parameters, training seconds and memory, images per second.
+"""What does each method cost? Parameters, training seconds and memory, images per second.
 
-Seconds and memory are this machine's and differ from run to run. Seconds are those of the run that
-trained the model, here or in a suite before; the frozen image features, which all share, are not
-in them. Training of VITask includes its task-specific model's; images per second include every
-model that an answer needs, from pixels to class scores.
+Seconds and memory depend on this machine and differ from run to run. Seconds are those of the run
+that trained the model, here or in an earlier suite, without the frozen image features that all
+methods share. Training of VITask includes its task-specific model's. Images per second include
+every model that an answer needs, from pixels to class scores.
 """
 
 import statistics
@@ -12,104 +12,92 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bench.suites import Context, Outcome
+from bench.suite import Method, Metric, Outcome, Suite, Training, tsm_vanilla_vitask
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from bench.runs.work import Tuned, Work
     from vitask.recipes import Recipe
 
-STUDY = True
-METHODS = {
-    "tsm": "the task-specific model alone",
-    "vanilla": "the VLM tuned with Van alone",
-    "vitask_without_ep": "VITask, answering alone",
-    "vitask_with_ep": "VITask, answering with the exemplar",
-}
-REFERENCE = None
-PUBLISHED = None
-PUBLISHED_NOTE = ""
-TABLES = {
-    "parameters_trained": "Parameters that are trained",
-    "parameters_total": "Parameters that an answer needs",
-    "training_seconds": "Seconds of training",
-    "training_peak_mib": "Largest memory that training held beyond what was there before, MiB",
-    "images_per_second": "Images per second, from pixels to class scores",
-}
 MEASURED = ("training_seconds", "training_peak_mib", "images_per_second")
 ROUNDS = 5
-IMAGES = 128  # of the first dataset's test part, whose answers are timed
+IMAGES = 128  # of the first dataset's test split, whose answers are timed
+Answer = Callable[["np.ndarray"], Any]
 
 
-def units(recipe: "Recipe") -> float:
-    from bench.work import SCORING, specialist_units, tuning_units
-    from vitask.recipes import vanilla
+class Cost(Suite):
+    name = "cost"
+    question = "What does each method cost in parameters, time and memory?"
+    methods = (
+        Method("tsm", "the task-specific model"),
+        Method("vanilla", "the VLM tuned with Van alone"),
+        Method("vitask_without_ep", "VITask without the exemplar"),
+        Method("vitask_with_ep", "VITask with the exemplar"),
+    )
+    metrics = (
+        Metric("parameters_trained", "Parameters that are trained"),
+        Metric("parameters_total", "Parameters that an answer needs"),
+        Metric("training_seconds", "Seconds of training"),
+        Metric("training_peak_mib", "Peak memory of training beyond that held before, MiB"),
+        Metric("images_per_second", "Images per second, from pixels to class scores"),
+    )
+    scorings = 0.0  # no test split is scored
 
-    tuning = tuning_units(recipe) + tuning_units(vanilla(recipe))
-    return tuning + specialist_units(recipe) + SCORING * len(METHODS)
+    def models(self, recipe: "Recipe") -> dict[str, Training]:
+        return tsm_vanilla_vitask(recipe)
 
-
-def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
-    from bench.work import SCORING, Tuned, Work
-    from vitask.recipes import vanilla
-
-    work = Work(context, seed)
-    specialist = work.specialist()
-    own, models = _count(specialist.model), dict[str, Tuned]()
-    name, dataset = next(iter(context.evaluated.items()))
-    found: dict[str, dict[str, float]] = {}
-    changed: dict[str, dict[str, Any]] = {}
-    answers: dict[str, Callable[[np.ndarray], Any]] = {}
-    for method in METHODS:
-        if method not in wanted:
-            continue
-        if method == "tsm":
-            notes, total, trained = [specialist.note], own, own
-            answers[method] = partial(specialist.model.log_probabilities, spec=dataset.spec)
-        else:
-            vitask = method.startswith("vitask")
-            recipe = context.recipe if vitask else vanilla(context.recipe)
-            kind = "vitask" if vitask else "vanilla"
-            if kind not in models:
-                models[kind] = work.tuned(recipe, specialist, name=kind)
-            tuned = models[kind]
-            model, exemplar = tuned.model, method == "vitask_with_ep"
-            notes = [tuned.note, *([specialist.note] if vitask else [])]
-            adapters = sum(
-                p.numel() for n, p in model.vlm.adapter.named_parameters() if "lora_" in n
+    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+        models = self.models(work.recipe)
+        tsm = work.tsm(models["tsm"])
+        name, dataset = next(iter(work.evaluated.items()))
+        tuned: dict[str, Tuned] = {}
+        costs: dict[str, dict[str, float]] = {}
+        notes: dict[str, list[dict[str, Any]]] = {}
+        answers: dict[str, Answer] = {}
+        for method in (m.name for m in self.methods if m.name in wanted):
+            if method == "tsm":
+                notes[method], exemplar, model = [tsm.note], False, None
+                answers[method] = partial(tsm.model.log_probabilities, spec=dataset.spec)
+            else:
+                kind, exemplar = method.partition("_")[0], method == "vitask_with_ep"
+                if kind not in tuned:
+                    tuned[kind] = work.tuned(models[kind], tsm)
+                model = tuned[kind].model
+                notes[method] = [tuned[kind].note, *([tsm.note] if kind == "vitask" else [])]
+                answers[method] = partial(model.predict, name, exemplar=exemplar)
+            costs[method] = _parameters(model, tsm.model, exemplar=exemplar)
+        rates = _rates(answers, dataset.splits["test"].images[:IMAGES])
+        for method, values in costs.items():
+            values["training_seconds"] = sum(note["seconds"] for note in notes[method])
+            values["training_peak_mib"] = max(note["peak_mib"] for note in notes[method])
+            values["images_per_second"] = rates[method]
+            extras = {"changed": notes[method][0]["changed"]}
+            yield Outcome(
+                method, [], extras, values={"all datasets": values}, measured=MEASURED
             )
-            connector = 0 if model.connector is None else _count(model.connector)
-            trained = adapters + connector + (own if vitask else 0)
-            total = _count(model.vlm.adapter) + ((connector + own) if exemplar else 0)
-            answers[method] = partial(model.predict, name, exemplar=exemplar)
-        changed[method] = notes[0]["changed"]
-        found[method] = {
-            "parameters_trained": float(trained),
-            "parameters_total": float(total),
-            "training_seconds": sum(note["seconds"] for note in notes),
-            "training_peak_mib": max(note["peak_mib"] for note in notes),
-        }
-    rates = _rates(answers, dataset.splits["test"].images[:IMAGES])
-    for method, values in found.items():
-        work.advance(SCORING, f"{method}, seed {seed}")
-        values["images_per_second"] = rates[method]
-        yield Outcome(
-            method,
-            [],
-            {"changed": changed[method]},
-            values={"all datasets": values},
-            measured=MEASURED,
-        )
+
+
+def _parameters(model: Any, tsm: "torch.nn.Module", *, exemplar: bool) -> dict[str, float]:
+    """Parameters that are trained, and that an answer needs. model: None for the TSM alone."""
+    small = _count(tsm)
+    if model is None:
+        return {"parameters_trained": float(small), "parameters_total": float(small)}
+    adapter = model.vlm.adapter
+    lora = sum(p.numel() for name, p in adapter.named_parameters() if "lora_" in name)
+    with_tsm = 0 if model.connector is None else _count(model.connector) + small
+    return {
+        "parameters_trained": float(lora + with_tsm),
+        "parameters_total": float(_count(adapter) + (with_tsm if exemplar else 0)),
+    }
 
 
 def _count(module: "torch.nn.Module") -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _rates(
-    answers: "dict[str, Callable[[np.ndarray], Any]]", images: "np.ndarray"
-) -> dict[str, float]:
+def _rates(answers: dict[str, Answer], images: "np.ndarray") -> dict[str, float]:
     """Images per second of each: the median of rounds in which all take their turn."""
     seconds: dict[str, list[float]] = {method: [] for method in answers}
     for number in range(ROUNDS + 1):
@@ -119,3 +107,6 @@ def _rates(
             if number > 0:  # the first warms up
                 seconds[method].append(time.perf_counter() - start)
     return {method: len(images) / statistics.median(taken) for method, taken in seconds.items()}
+
+
+SUITE = Cost()

@@ -1,79 +1,80 @@
-"""When does a VLM win? All methods at 1, 10 and 100 % of the study's training images.
+"""When does a VLM win? All methods with 1, 10 and 100 % of the study's training images.
 
-At least one image of every class is kept; validation and test parts stay whole.
+At least one image of every class is kept. Validation and test splits stay whole.
 """
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bench.suites import Context, Outcome
+from bench.suite import Method, Outcome, Suite, Training, tsm_vanilla_vitask
+from vitask.data.subset import subset
 
 if TYPE_CHECKING:
+    from bench.runs.work import Work
     from vitask.data.spec import Dataset
     from vitask.recipes import Recipe
 
-STUDY = True
 PERCENT = (1, 10, 100)
 KINDS = {
     "tsm": "the task-specific model",
     "vanilla": "Van alone",
-    "vitask_without_ep": "VITask, answering alone",
-    "vitask_with_ep": "VITask, answering with the exemplar",
+    "vitask_without_ep": "VITask without the exemplar",
+    "vitask_with_ep": "VITask with the exemplar",
 }
-METHODS = {
-    f"{kind}_{percent}": f"{text}, {percent} % of the training images"
-    for percent in PERCENT
-    for kind, text in KINDS.items()
-}
-REFERENCE = {
-    f"{kind}_{percent}": f"vanilla_{percent}"
-    for percent in PERCENT
-    for kind in KINDS
-    if kind != "vanilla"
-}
-PUBLISHED = None
-PUBLISHED_NOTE = ""
 
 
-def units(recipe: "Recipe") -> float:
-    from bench.work import SCORING, specialist_units, tuning_units
-    from vitask.recipes import vanilla
+class DataFraction(Suite):
+    name = "data_fraction"
+    question = "With how many training images does a VLM win?"
+    methods = tuple(
+        Method(
+            f"{kind}_{percent}",
+            f"{text}, {percent} % of the training images",
+            against=None if kind == "vanilla" else f"vanilla_{percent}",
+        )
+        for percent in PERCENT
+        for kind, text in KINDS.items()
+    )
 
-    whole = tuning_units(recipe) + tuning_units(vanilla(recipe)) + specialist_units(recipe)
-    return whole * len(PERCENT) + SCORING * len(METHODS)
+    def models(self, recipe: "Recipe") -> dict[str, Training]:
+        return {
+            f"{kind}_{percent}": replace(
+                training,
+                name=kind if percent == 100 else f"{kind}-{percent}percent",
+                share=percent / 100,
+            )
+            for percent in PERCENT
+            for kind, training in tsm_vanilla_vitask(recipe).items()
+        }
 
-
-def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
-    from bench.work import Work
-    from vitask.recipes import vanilla
-
-    work, recipe = Work(context, seed), context.recipe
-    for percent in PERCENT:
-        asked = {kind for kind in KINDS if f"{kind}_{percent}" in wanted}
-        if not asked:
-            continue
-        whole = percent == 100
-        datasets = context.datasets if whole else _part(context.datasets, percent)
-        end = "" if whole else f"-{percent}percent"
-        specialist = work.specialist(recipe, datasets, name=f"tsm{end}")
-        if "tsm" in asked:
-            predictions = work.classify(specialist.model)
-            yield work.answers(f"tsm_{percent}", predictions, specialist.note)
-        if "vanilla" in asked:
-            plain = work.tuned(vanilla(recipe), name=f"vanilla{end}", datasets=datasets)
-            predictions = work.predict(plain.model)
-            yield work.answers(f"vanilla_{percent}", predictions, plain.note)
-        if asked & {"vitask_without_ep", "vitask_with_ep"}:
-            tuned = work.tuned(recipe, specialist, name=f"vitask{end}", datasets=datasets)
+    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+        models = self.models(work.recipe)
+        for percent in PERCENT:
             pair = (f"vitask_without_ep_{percent}", f"vitask_with_ep_{percent}")
-            yield from work.both_ways(tuned, pair, wanted)
+            alone, plain = f"tsm_{percent}", f"vanilla_{percent}"
+            if not {alone, plain, *pair} & set(wanted):
+                continue
+            datasets = work.datasets if percent == 100 else fraction(work.datasets, percent)
+            if {alone, *pair} & set(wanted):
+                tsm = work.tsm(models[alone], datasets)
+            if alone in wanted:
+                yield work.outcome(alone, work.classify(tsm.model), tsm.note)
+            if plain in wanted:
+                vanilla = work.tuned(models[plain], datasets=datasets)
+                yield work.outcome(plain, work.predict(vanilla.model), vanilla.note)
+            if {*pair} & set(wanted):
+                vitask = work.tuned(models[f"vitask_{percent}"], tsm, datasets)
+                yield from work.both_ways(vitask, pair, wanted)
 
 
-def _part(datasets: "dict[str, Dataset]", percent: int) -> "dict[str, Dataset]":
-    from vitask.data import subset
-
+def fraction(datasets: "dict[str, Dataset]", percent: int) -> "dict[str, Dataset]":
+    """So many percent of the training images, at least as many as there are classes."""
     found = {}
     for name, dataset in datasets.items():
         images = len(dataset.splits["train"]) * percent // 100
         found[name] = subset(dataset, train=max(images, len(dataset.spec.classes)))
     return found
+
+
+SUITE = DataFraction()

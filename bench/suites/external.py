@@ -1,142 +1,160 @@
 """The paper's table 3: trained on RetinaMNIST, tested on photographs of other clinics.
 
-`vitask_plug` puts a task-specific model that was trained on the external set's own training part
-in the place of the first; nothing else is tuned. `referable_auc` is the AUC of grade 2 or more.
+`vitask_plug` replaces the task-specific model by one that was trained on the external set's own
+training split; nothing else is tuned. `referable_auc` is the AUC of grade 2 or more.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.suites import Context, Outcome
+from bench.suite import (
+    Method,
+    Metric,
+    Outcome,
+    Published,
+    Suite,
+    Training,
+    pick,
+    tsm_vanilla_vitask,
+)
 
 if TYPE_CHECKING:
-    from bench.plan import Plan
-    from bench.work import Work
+    from bench.runs.plan import Plan
+    from bench.runs.work import Work
+    from bench.stats.items import Values
     from vitask.checkpoint import VITask
     from vitask.data.spec import Dataset
     from vitask.recipes import Recipe
     from vitask.score import Prediction
 
 Names = tuple[str, ...]
-STUDY = True
-METHODS = {
-    "tsm": "the task-specific model, trained on RetinaMNIST",
-    "vanilla": "Van alone",
-    "vitask_without_ep": "VITask, answering alone",
-    "vitask_with_ep": "VITask, answering with the exemplar",
-    "vitask_plug": "VITask with a task-specific model of the external set plugged in",
-}
-REFERENCE = "vanilla"
-PUBLISHED = "vitask_table3_external.csv"
-PUBLISHED_NOTE = """\
-Bai et al. 2024, table 3: InternVL2-2B at 224 pixels, whole external sets."""
-RANKED = {"referable_auc": ("probability",)}
-TABLES = {
-    "macro_f1": "Macro-F1, by constrained scoring",
-    "accuracy": "Accuracy, by constrained scoring",
-    "auc": "AUC, as MedMNIST's evaluator computes it",
-    "qwk": "Quadratic weighted kappa",
-    "referable_auc": "AUC of referable retinopathy (grade 2 or more)",
-}
 TRAINED = "retinamnist"
-REFERABLE = 2  # grade from which on a patient is referred
+REFERABLE = 2  # grade from which a patient is referred
 
 
-def trained_on(study: Names, whole: Names) -> Names:
-    return (TRAINED,)
-
-
-def unavailable(plan: "Plan") -> str | None:
-    from vitask.data import external
-
-    if external.names(plan.source, plan.roots):
-        return None
-    looked = ", ".join(map(str, plan.roots)) or "no data root"
-    return (
-        f"none of the folders {', '.join(external.READERS)} lies in {looked}; "
-        "vitask/data/external.py says what they hold"
+class External(Suite):
+    name = "external"
+    question = "The paper's table 3: how do the models answer images of other clinics?"
+    methods = (
+        Method("tsm", "the task-specific model, trained on RetinaMNIST", "vanilla"),
+        Method("vanilla", "Van alone"),
+        Method("vitask_without_ep", "VITask without the exemplar", "vanilla"),
+        Method("vitask_with_ep", "VITask with the exemplar", "vanilla"),
+        Method(
+            "vitask_plug",
+            "VITask with a task-specific model of the external set plugged in",
+            "vanilla",
+        ),
+    )
+    metrics = (
+        *pick("macro_f1", "accuracy", "auc", "qwk"),
+        Metric(
+            "referable_auc",
+            "AUC of referable retinopathy (grade 2 or more)",
+            ranks=("probability",),
+        ),
+    )
+    published = Published(
+        "vitask_table3_external.csv",
+        "Bai et al. 2024, table 3: InternVL2-2B at 224 pixels, whole external sets.",
     )
 
+    def trained_on(self, study: Names, whole: Names) -> Names:
+        return (TRAINED,)
 
-def evaluated(plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
-    """The external sets that lie in the data roots."""
-    from vitask.data import external, subset
+    def lacking(self, plan: "Plan") -> str | None:
+        from vitask.data import external
 
-    size, retina, found = plan.recipe.source_size, datasets[TRAINED].spec, {}
-    for name in external.names(plan.source, plan.roots):
-        found[name] = external.load(name, retina, source=plan.source, roots=plan.roots, size=size)
-        if plan.limit is not None:
-            found[name] = subset(found[name], train=plan.limit, val=plan.limit, test=plan.limit)
-    return found
+        if external.names(plan.source, plan.roots):
+            return None
+        looked = ", ".join(map(str, plan.roots)) or "no data root"
+        return (
+            f"none of the folders {', '.join(external.READERS)} is in {looked}; "
+            "bench/suites/external.md says what they hold"
+        )
 
+    def evaluated(self, plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
+        """The external sets in the data roots."""
+        from vitask.data import external
+        from vitask.data.subset import subset
 
-def units(recipe: "Recipe") -> float:
-    from bench.work import SCORING, specialist_units, tuning_units
-    from vitask.recipes import vanilla
+        size, retina, found = plan.recipe.source_size, datasets[TRAINED].spec, {}
+        for name in external.names(plan.source, plan.roots):
+            dataset = external.load(
+                name, retina, source=plan.source, roots=plan.roots, size=size
+            )
+            limit = plan.limit
+            found[name] = subset(dataset, train=limit, val=limit, test=limit)
+        return found
 
-    tuning = tuning_units(recipe) + tuning_units(vanilla(recipe))
-    return tuning + specialist_units(recipe) + SCORING * len(METHODS)
+    def measured(self, values: "Values", weights: np.ndarray) -> dict[str, np.ndarray]:
+        """AUC of the probability of grade 2 or more."""
+        from bench.stats.metrics import binary_auc
 
+        truth = values["referable"] == 1
+        return {"referable_auc": binary_auc(values["probability"], truth, weights.T)}
 
-def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
-    from bench.work import Work
-    from vitask.recipes import vanilla
+    def models(self, recipe: "Recipe") -> dict[str, Training]:
+        return tsm_vanilla_vitask(recipe)
 
-    work, recipe = Work(context, seed), context.recipe
-    specialist = work.specialist()
-    if "tsm" in wanted:
-        answered = work.answers("tsm", work.classify(specialist.model), specialist.note)
-        yield _with_referable(work, answered)
-    if "vanilla" in wanted:
-        plain = work.tuned(vanilla(recipe), name="vanilla")
-        answered = work.answers("vanilla", work.predict(plain.model), plain.note)
-        yield _with_referable(work, answered)
-    if {"vitask_without_ep", "vitask_with_ep", "vitask_plug"} & set(wanted):
-        tuned = work.tuned(recipe, specialist, name="vitask")
-        for answered in work.both_ways(tuned, ("vitask_without_ep", "vitask_with_ep"), wanted):
-            yield _with_referable(work, answered)
+    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+        models = self.models(work.recipe)
+        tsm = work.tsm(models["tsm"])
+        if "tsm" in wanted:
+            outcome = work.outcome("tsm", work.classify(tsm.model), tsm.note)
+            yield _with_referable(work, outcome)
+        if "vanilla" in wanted:
+            vanilla = work.tuned(models["vanilla"])
+            outcome = work.outcome("vanilla", work.predict(vanilla.model), vanilla.note)
+            yield _with_referable(work, outcome)
+        pair = ("vitask_without_ep", "vitask_with_ep")
+        if not {"vitask_plug", *pair} & set(wanted):
+            return
+        vitask = work.tuned(models["vitask"], tsm)
+        for outcome in work.both_ways(vitask, pair, wanted):
+            yield _with_referable(work, outcome)
         if "vitask_plug" in wanted:
-            predictions, logs = _plugged(work, tuned.model)
-            answered = work.answers("vitask_plug", predictions, tuned.note)
-            extras = answered.extras | {"tuning of what is plugged in": logs}
-            yield _with_referable(work, replace(answered, extras=extras))
+            predictions, logs = _plugged(work, vitask.model, models["tsm"])
+            outcome = work.outcome("vitask_plug", predictions, vitask.note)
+            extras = outcome.extras | {"training of the plugged TSM": logs}
+            yield _with_referable(work, replace(outcome, extras=extras))
 
 
-def _plugged(work: "Work", model: "VITask") -> "tuple[list[Prediction], dict[str, Any]]":
-    """Each external set with its own task-specific model, and how those trainings went."""
+def _plugged(
+    work: "Work", model: "VITask", training: Training
+) -> "tuple[list[Prediction], dict[str, Any]]":
+    """Each external set with its own task-specific model, and the logs of their trainings."""
     from vitask.score import Prediction
 
     done, logs = [], {}
-    for name, dataset in work.context.evaluated.items():
-        own = work.specialist(datasets={name: dataset}, name=f"tsm-{name}", planned=False)
-        logs[name] = own.note["log"]
-        plugged = model.plug(own.model)
-        tokens = plugged.tokens(work.image(name, "test"), work.exemplar(own.model)(name, "test"))
+    for name, dataset in work.evaluated.items():
+        of_set = replace(training, name=f"tsm-{name}")
+        tsm = work.tsm(of_set, {name: dataset}, planned=False)
+        logs[name] = tsm.note["log"]
+        plugged = model.plug(tsm.model)
+        features = work.exemplar(tsm.model, of_set)(name, "test")
+        tokens = plugged.tokens(work.image(name, "test"), features)
         written = plugged.write(name, tokens)
         done.append(Prediction(name, "candidates", plugged.score(name, tokens), written))
     return done, logs
 
 
-def _with_referable(work: "Work", answered: Outcome) -> Outcome:
-    from bench.items import Items
+def _with_referable(work: "Work", outcome: Outcome) -> Outcome:
+    from bench.stats.items import Items
 
     items = {}
-    for prediction in answered.predictions:
-        labels = work.context.evaluated[prediction.dataset].splits["test"].labels
+    for prediction in outcome.predictions:
+        labels = work.evaluated[prediction.dataset].splits["test"].labels
         log_p = prediction.log_probability
         p = np.exp(log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True))
-        probability = {"probability": p[:, REFERABLE:].sum(1), "referable": labels >= REFERABLE}
+        referable = (labels >= REFERABLE).astype(float)
         items[prediction.dataset] = Items(
-            {name: np.asarray(value, dtype=float) for name, value in probability.items()}
+            {"probability": p[:, REFERABLE:].sum(1), "referable": referable}
         )
-    return replace(answered, items=items)
+    return replace(outcome, items=items)
 
 
-def measured(values: Mapping[str, np.ndarray], weights: np.ndarray) -> dict[str, np.ndarray]:
-    """AUC of the probability of grade 2 or more."""
-    from bench.metrics import binary_auc
-
-    return {"referable_auc": binary_auc(values["probability"], values["referable"] == 1, weights.T)}
+SUITE = External()

@@ -1,77 +1,78 @@
-"""What general ability tuning costs: the VLM's own task before and after each tuning.
+"""How much general ability does tuning cost? The VLM's own task before and after each tuning.
 
-For the embedded VLM that is its held-out picture questions, by kind, answered in free text.
-`vanilla` against `untuned` is what tuning costs, `vitask` against `vanilla` what VITask's losses
-cost more.
+For the embedded VLM this task is its held-out picture questions, by kind, answered in free text.
+`vanilla` against `untuned` shows the cost of tuning, `vitask` against `vanilla` the further cost
+of VITask's losses.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.suites import Context, Outcome
+from bench.suite import Method, Metric, Outcome, Suite, Training, tsm_vanilla_vitask
 
 if TYPE_CHECKING:
-    from bench.plan import Plan
+    from bench.runs.plan import Plan
+    from bench.runs.work import Work
+    from bench.stats.items import Values
     from vitask.recipes import Recipe
 
-STUDY = True
-METHODS = {
-    "untuned": "the VLM as it is",
-    "vanilla": "after tuning with Van alone",
-    "vitask": "after tuning with all losses of VITask",
-}
-REFERENCE = {"vanilla": "untuned", "vitask": "vanilla"}
-PUBLISHED = None
-PUBLISHED_NOTE = ""
-TABLES = {"accuracy": "Accuracy on held-out picture questions, by kind"}
 PICTURES, SEED = 400, 777  # held out from all pictures that the VLM was trained on
 
 
-def unavailable(plan: "Plan") -> str | None:
-    if plan.recipe.vlm == "pocket":
-        return None
-    return (
-        f"no general task is known for the VLM {plan.recipe.vlm!r}; expected 'pocket', whose "
-        "held-out picture questions are in this repository"
+class Retention(Suite):
+    name = "retention"
+    question = "How much of the VLM's general ability does tuning cost?"
+    methods = (
+        Method("untuned", "the VLM before tuning"),
+        Method("vanilla", "after tuning with Van alone", "untuned"),
+        Method("vitask", "after tuning with all losses of VITask", "vanilla"),
     )
+    metrics = (Metric("accuracy", "Accuracy on held-out picture questions, by kind"),)
+
+    def lacking(self, plan: "Plan") -> str | None:
+        if plan.recipe.vlm == "pocket":
+            return None
+        return (
+            f"the VLM {plan.recipe.vlm!r} has no known general task; expected 'pocket', whose "
+            "held-out picture questions are in this repository"
+        )
+
+    def images_of(self, dataset: str) -> str:
+        """All kinds are asked about the same pictures."""
+        return "pictures"
+
+    def measured(self, values: "Values", weights: np.ndarray) -> dict[str, np.ndarray]:
+        """The share of right answers among the pictures that the kind is asked about."""
+        return {"accuracy": weights @ values["right"] / (weights @ values["asked"])}
+
+    def models(self, recipe: "Recipe") -> dict[str, Training]:
+        return tsm_vanilla_vitask(recipe)
+
+    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+        from bench.stats.items import Items
+        from vitask.pocket.evaluate import right
+
+        models = self.models(work.recipe)
+        for method in (m.name for m in self.methods):
+            if method not in wanted:
+                continue
+            changed = {}
+            if method == "untuned":
+                model = work.untuned
+            else:
+                tsm = work.tsm(models["tsm"]) if method == "vitask" else None
+                tuned = work.tuned(models[method], tsm)
+                model, changed = tuned.model, tuned.note["changed"]
+            items = {
+                f"pictures: {kind}": Items(
+                    {"right": np.nan_to_num(one), "asked": 1.0 - np.isnan(one)}
+                )
+                for kind, one in right(model.vlm, PICTURES, SEED).items()
+            }
+            work.scored(method)
+            yield Outcome(method, [], {"changed": changed}, items=items)
 
 
-def images_of(name: str) -> str:
-    """All kinds are asked about the same pictures."""
-    return "pictures"
-
-
-def measured(values: Mapping[str, np.ndarray], weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The share of right answers among the pictures that the kind is asked about."""
-    return {"accuracy": weights @ values["right"] / (weights @ values["asked"])}
-
-
-def units(recipe: "Recipe") -> float:
-    from bench.work import SCORING, specialist_units, tuning_units
-    from vitask.recipes import vanilla
-
-    tuning = tuning_units(recipe) + tuning_units(vanilla(recipe))
-    return tuning + specialist_units(recipe) + SCORING * len(METHODS)
-
-
-def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
-    from bench.items import Items
-    from bench.work import SCORING, Work
-    from vitask.pocket.evaluate import right
-    from vitask.recipes import vanilla
-
-    work = Work(context, seed)
-    for method in METHODS:
-        if method not in wanted:
-            continue
-        recipe = vanilla(context.recipe) if method == "vanilla" else context.recipe
-        model = work.untuned if method == "untuned" else work.tuned(recipe, name=method).model
-        found = right(model.vlm, PICTURES, SEED)
-        items = {
-            f"pictures: {kind}": Items({"right": np.nan_to_num(one), "asked": 1.0 - np.isnan(one)})
-            for kind, one in found.items()
-        }
-        work.advance(SCORING, f"{method}, seed {seed}")
-        yield Outcome(method, [], {"changed": work.changed(recipe)}, items=items)
+SUITE = Retention()

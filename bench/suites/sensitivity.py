@@ -1,76 +1,67 @@
-"""Which defaults to trust: α and β over a grid, the lengths of the stages, the LoRA rank.
+"""How much do the defaults matter? α and β over a grid, lengths of the stages, LoRA rank.
 
-Every setting is answered without and with the exemplar and compared with the default's.
+Every setting answers without and with the exemplar, and is compared with the default's answers.
 """
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bench.suites import Context, Outcome
+from bench.suite import Method, Outcome, Suite, Training
 
 if TYPE_CHECKING:
+    from bench.runs.work import Work
     from vitask.recipes import Recipe
 
-STUDY = True
-WEIGHTS = (0.3, 1.0, 3.0)  # of the recipe's own alpha and beta, a factor of about 3 apart
+WEIGHTS = (0.3, 1.0, 3.0)  # factors of the recipe's alpha and beta, about 3 apart
 WITH = "_with_ep"
+GRID = {f"alpha_{a:g}_beta_{b:g}": (a, b) for a in WEIGHTS for b in WEIGHTS if (a, b) != (1, 1)}
 SETTINGS = {
     "default": "the recipe",
-    **{
-        f"alpha_{a:g}_beta_{b:g}": f"RDA weighted {a:g} times, CRT {b:g} times the recipe's"
-        for a in WEIGHTS
-        for b in WEIGHTS
-        if (a, b) != (1.0, 1.0)
-    },
-    "stage_1_only": "all epochs in stage 1: CRT never enters",
-    "stage_2_only": "all epochs in stage 2: CRT from the start, the connector never trains",
+    **{name: f"RDA weighted {a:g} times, CRT {b:g} times" for name, (a, b) in GRID.items()},
+    "stage_1_only": "all epochs in stage 1: no CRT",
+    "stage_2_only": "all epochs in stage 2: CRT from the start, the connector is not trained",
     "rank_quarter": "a quarter of the LoRA rank (and alpha)",
     "rank_fourfold": "four times the LoRA rank (and alpha)",
 }
-METHODS = SETTINGS | {
-    f"{name}{WITH}": f"{text}, answering with the exemplar" for name, text in SETTINGS.items()
-}
-REFERENCE = {
-    name: "default" + (WITH if name.endswith(WITH) else "")
-    for name in METHODS
-    if not name.startswith("default")
-}
-PUBLISHED = None
-PUBLISHED_NOTE = ""
 
 
-def recipes(recipe: "Recipe") -> "dict[str, Recipe]":
-    """Setting -> its recipe."""
-    found = {"default": recipe}
-    for a in WEIGHTS:
-        for b in WEIGHTS:
-            found[f"alpha_{a:g}_beta_{b:g}"] = replace(
+class Sensitivity(Suite):
+    name = "sensitivity"
+    question = "How much do α, β, the stages' lengths and the LoRA rank matter?"
+    methods = tuple(
+        Method(
+            f"{name}{end}", f"{text}{how}", against=None if name == "default" else f"default{end}"
+        )
+        for end, how in (("", ""), (WITH, ", with the exemplar"))
+        for name, text in SETTINGS.items()
+    )
+
+    def models(self, recipe: "Recipe") -> dict[str, Training]:
+        recipes = {"default": recipe}
+        for name, (a, b) in GRID.items():
+            recipes[name] = replace(
                 recipe, rda_weight=a * recipe.rda_weight, crt_weight=b * recipe.crt_weight
             )
-    found["stage_1_only"] = replace(recipe, stage1_epochs=recipe.epochs, stage2_epochs=0)
-    found["stage_2_only"] = replace(recipe, stage1_epochs=0, stage2_epochs=recipe.epochs)
-    for name, factor in (("rank_quarter", 0.25), ("rank_fourfold", 4)):
-        rank, alpha = int(recipe.lora_rank * factor), int(recipe.lora_alpha * factor)
-        found[name] = replace(recipe, lora_rank=rank, lora_alpha=alpha)
-    return {name: found[name] for name in SETTINGS}
+        epochs = recipe.epochs
+        recipes["stage_1_only"] = replace(recipe, stage1_epochs=epochs, stage2_epochs=0)
+        recipes["stage_2_only"] = replace(recipe, stage1_epochs=0, stage2_epochs=epochs)
+        for name, factor in (("rank_quarter", 0.25), ("rank_fourfold", 4)):
+            rank, alpha = int(recipe.lora_rank * factor), int(recipe.lora_alpha * factor)
+            recipes[name] = replace(recipe, lora_rank=rank, lora_alpha=alpha)
+        models = {"tsm": Training("tsm", recipe, kind="tsm")}
+        for name, changed in recipes.items():
+            models[name] = Training("vitask" if name == "default" else f"vitask-{name}", changed)
+        return models
+
+    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+        models = self.models(work.recipe)
+        tsm = work.tsm(models["tsm"])
+        for name in SETTINGS:
+            pair = (name, f"{name}{WITH}")
+            if {*pair} & set(wanted):
+                vitask = work.tuned(models[name], tsm)
+                yield from work.both_ways(vitask, pair, wanted, write=False)
 
 
-def units(recipe: "Recipe") -> float:
-    from bench.work import SCORING, specialist_units, tuning_units
-
-    tuning = sum(map(tuning_units, recipes(recipe).values()))
-    return tuning + specialist_units(recipe) + SCORING * len(METHODS)
-
-
-def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
-    from bench.work import Work
-
-    work = Work(context, seed)
-    specialist = work.specialist()
-    for setting, recipe in recipes(context.recipe).items():
-        if not {setting, f"{setting}{WITH}"} & set(wanted):
-            continue
-        name = "vitask" if setting == "default" else f"vitask-{setting}"
-        tuned = work.tuned(recipe, specialist, name=name)
-        yield from work.both_ways(tuned, (setting, f"{setting}{WITH}"), wanted, write=False)
+SUITE = Sensitivity()

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from bench.suites import Context, Outcome
+from bench.suite import Context, Outcome
 
 METHODS = {
     "majority": "the training part's class frequencies",
@@ -32,7 +32,7 @@ def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcom
 
 
 def _predict(method: str, context: Context, name: str, rng: np.random.Generator):
-    from bench.baselines import majority
+    from bench.runs.baselines import majority
     from vitask.prompts import candidates
     from vitask.score import Prediction
 

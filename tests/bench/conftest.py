@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.metrics import Scored, scored
-from bench.plan import Plan
-from bench.suites import SUITES
+from bench.stats.metrics import Scored, scored
+from bench.runs.plan import Plan
+from bench.suite import SUITES
 from vitask.data.spec import TASKS, DatasetSpec
 from vitask.prompts import candidates
 from vitask.recipes import POCKET, RECIPES

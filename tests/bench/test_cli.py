@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from bench import doctor, runs
 from bench.__main__ import app
-from bench.suites import SUITES, suite
+from bench.suite import SUITES, suite
 from vitask.recipes import RECIPES, vanilla
 
 ROOT = Path(__file__).parents[2]
@@ -307,7 +307,7 @@ def test_predict_writes_a_row_an_image(tmp_path):
 
 
 def test_sixteen_bit_images_are_scaled_and_not_cut_off(tmp_path):
-    from bench.predict import read_image
+    from bench.commands.predict import read_image
 
     ramp = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
@@ -320,7 +320,7 @@ def test_sixteen_bit_images_are_scaled_and_not_cut_off(tmp_path):
 
 
 def test_a_training_part_of_one_class_is_named():
-    from bench.baselines import linear_probe
+    from bench.runs.baselines import linear_probe
     from vitask.data import load, subset
     from vitask.features import Features
 

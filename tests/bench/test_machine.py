@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import peers, speed
-from bench.machine import run_machine_suite
-from bench.suites import MACHINE_SUITES, kernels, machine_suite, step
+from bench.machine.tables import run_machine_suite
+from bench.suite import MACHINE_SUITES, kernels, machine_suite, step
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()

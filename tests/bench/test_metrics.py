@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from bench.metrics import ECE_BINS, INVALID, Scored, confusion, measure, scored
+from bench.stats.metrics import ECE_BINS, INVALID, Scored, confusion, measure, scored
 from vitask.data.spec import TASKS, DatasetSpec
 from vitask.prompts import candidates
 from vitask.score import Prediction

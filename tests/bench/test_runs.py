@@ -15,14 +15,14 @@ import pytest
 from rich.console import Console
 
 from bench import runs, table
-from bench.compare import compare
-from bench.official import write_official
-from bench.page import page
-from bench.plan import Job, plan_of, specs_of
-from bench.progress import Progress
-from bench.record import Record
-from bench.table import COLUMNS
-from bench.verify import differences
+from bench.commands.compare import compare
+from bench.report.official import write_official
+from bench.report.page import page
+from bench.runs.plan import Job, plan_of, specs_of
+from bench.runs.progress import Progress
+from bench.runs.records import Record
+from bench.report.table import COLUMNS
+from bench.commands.verify import differences
 
 
 def complete(plan, **how):
@@ -169,7 +169,7 @@ def test_fresh_throws_away_the_named_suites_alone(finished):
 
 
 def test_strangers_among_the_files_are_named(finished):
-    from bench.verify import strays
+    from bench.commands.verify import strays
 
     plan, _ = finished
     assert strays(plan.folder) == []

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from bench.metrics import Scored, measure
-from bench.stats import (
+from bench.stats.metrics import Scored, measure
+from bench.stats.resampling import (
     RESAMPLES,
     bootstrap_weights,
     holm,

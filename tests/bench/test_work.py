@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench.checkpoints import kept
-from bench.plan import Plan, sized
-from bench.suites import Context, suite
-from bench.work import Work
+from bench.runs.models import kept
+from bench.runs.plan import Plan, sized
+from bench.suite import Context, suite
+from bench.runs.work import Work
 from vitask.recipes import POCKET, Study
 
 ROOT = Path(__file__).parents[2]

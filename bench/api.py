@@ -1,0 +1,207 @@
+"""`bench.run`: what the command line calls, and a notebook."""
+
+import os
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.errors import is_our_error
+from bench.report import render
+from bench.runs import sets
+from bench.runs.environment import command_line
+from bench.runs.job import run_job
+from bench.runs.plan import Job, Plan, sized
+from bench.runs.progress import Progress
+from bench.suite import SUITES, suite
+from vitask import settings as recipe_settings
+from vitask.data import spec
+from vitask.guard import refuse_hub_kernels
+from vitask.recipes import Recipe
+from vitask.recipes import recipe as named_recipe
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ALL = "all"
+
+
+@dataclass
+class Run:
+    """What a run left.
+
+    folder:   records, samples and pages
+    tables:   suite -> its long table, one row per dataset, method and metric
+    pages:    suite -> its Markdown page
+    computed: suite -> records that were computed now; 0 if all were found
+    failed:   suite -> why it failed
+    """
+
+    folder: Path
+    tables: "dict[str, pd.DataFrame]" = field(default_factory=dict)
+    pages: dict[str, Path] = field(default_factory=dict)
+    computed: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def run(
+    suites: Sequence[str] | str = ALL,
+    *,
+    recipe: str | Path | Recipe = "pocket",
+    settings: Mapping[str, Any] | None = None,
+    data: str = "phantom",
+    data_root: Iterable[str | Path] = (),
+    datasets: Iterable[str] = (),
+    seeds: Iterable[int] = (),
+    limit: int | None = None,
+    allow_unverified: Iterable[str] = (),
+    out: str | Path = "leaderboards",
+    fresh: bool = False,
+    command: str = "bench.run",
+    note: Callable[[str], None] = print,
+) -> Run:
+    """Train, score, write records and tables; results that exist are kept.
+
+    suites:   names, or "all" for every suite that can run here
+    recipe:   a name, a TOML file, or a Recipe
+    settings: fields of the recipe to change, in studies too
+    datasets, seeds: empty for the recipe's
+    limit:    at most so many images of each split
+    fresh:    first delete these suites' results and the models made for them
+
+    Equal ingredients are not computed again; other seeds and suites are added to the folder. A
+    suite that fails does not stop the others: see `Run.failed`. ValueError for a request that
+    cannot be met, before anything is computed.
+    """
+    plan = make_plan(
+        recipe, settings or {}, data, data_root, datasets, seeds, limit, allow_unverified, out
+    )
+    wanted = list(SUITES) if suites == ALL else list(dict.fromkeys(suites))
+    return run_plan(
+        plan, wanted, fresh=fresh, leave_out=suites == ALL, command=command, note=note
+    )
+
+
+def make_plan(
+    recipe: str | Path | Recipe,
+    by_hand: Mapping[str, Any],
+    data: str,
+    data_root: Iterable[str | Path],
+    datasets: Iterable[str],
+    seeds: Iterable[int],
+    limit: int | None,
+    allow_unverified: Iterable[str],
+    out: str | Path,
+) -> Plan:
+    """A checked plan; nothing is loaded yet."""
+    in_file: dict[str, Any] = {}
+    if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith(".toml")):
+        base, in_file = recipe_settings.read(Path(recipe))
+    else:
+        base = named_recipe(recipe) if isinstance(recipe, str) else recipe
+    base = recipe_settings.apply(base, by_hand)
+    roots = tuple(Path(root) for root in data_root)
+    own, chosen = base.datasets(data), set(datasets)
+    names = (*(n for n in own if n in chosen), *sorted(chosen - set(own))) if chosen else own
+    allowed = tuple(allow_unverified)
+    for name in (*names, *allowed):
+        spec(name, roots=roots)
+    return Plan(
+        recipe=base,
+        source=data,
+        names=names,
+        roots=roots,
+        allow_unverified=allowed,
+        limit=limit,
+        out=Path(out),
+        seeds=tuple(sorted(set(seeds))),
+        settings={**in_file, **by_hand},
+        by_hand=dict(by_hand),
+    )
+
+
+def run_plan(
+    plan: Plan,
+    wanted: Sequence[str],
+    *,
+    fresh: bool = False,
+    leave_out: bool = False,
+    command: str = "",
+    note: Callable[[str], None] = print,
+) -> Run:
+    """Suite by suite. leave_out: suites that lack something here are left out, not failed."""
+    from transformers.utils import logging
+
+    refuse_hub_kernels()
+    check_out(plan.out)
+    logging.disable_progress_bar()  # one progress display is enough: ours
+    done = Run(plan.folder)
+    jobs: list[Job] = []  # all data are checked before anything runs
+    loaded: dict[Any, Any] = {}  # data that suites share
+    for name in wanted:
+        of = suite(name)
+        own = sized(plan, of)
+        if leave_out and (lacks := of.lacking(own)):
+            note(f"{name} is left out: {lacks}")
+            continue
+        try:
+            jobs.append(Job.of(of, own, loaded))
+        except Exception as error:  # of one suite's own data, perhaps
+            if len(wanted) == 1:
+                raise
+            done.failed[name] = described(error)
+            note(f"{name} cannot run: {done.failed[name]}")
+    if not jobs:
+        return done
+    units = sum(job.units * len(job.plan.seeds) + job.judging_units for job in jobs)
+    cache: dict[Any, Any] = {}  # what suites compute in common
+    with sets.locked(plan.folder), Progress(units) as progress:
+        if fresh:
+            names = [job.suite.name for job in jobs]
+            paths = sets.what_fresh_deletes(plan.folder, names)
+            for path in paths:
+                progress.note(f"--fresh deletes {path}")
+            sets.delete(plan.folder, names, paths)
+        for job in jobs:
+            _run_job(job, done, progress, command or command_line(plan.roots, plan.out), cache)
+    return done
+
+
+def _run_job(job: Job, done: Run, progress: Progress, command: str, cache: Any) -> None:
+    name = job.suite.name
+    try:
+        records, computed = run_job(job, done.folder, progress, command=command, cache=cache)
+        if computed:
+            progress.note(f"{name}: bootstrap, tests and tables")
+        written, frame = render.write(done.folder, records)
+        progress.advance(job.judging_units, f"{name}: tables")
+    except Exception as error:  # the other suites go on
+        done.failed[name] = described(error)
+        return
+    done.computed[name], done.tables[name] = computed, frame
+    done.pages[name] = next(path for path in written if path.suffix == ".md")
+    if computed:
+        progress.note(f"{name}: wrote {', '.join(map(str, written))}")
+    else:
+        progress.note(f"{name}: nothing to compute, {len(records)} records found")
+
+
+def check_out(out: Path) -> None:
+    """ValueError, before anything is computed, if nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise ValueError(
+            f"--out {out} cannot be made ({error.strerror}); expected a folder to write to"
+        ) from None
+    if not writable:
+        raise ValueError(f"--out {out} is not writable; expected a folder to write to")
+
+
+def described(error: Exception) -> str:
+    """What went wrong, in a line; the trace is printed unless the message is our own."""
+    if not is_our_error(error):
+        traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,80 @@
+"""Options, names and errors that all commands share."""
+
+import sys
+from collections.abc import Callable, Collection
+from difflib import get_close_matches
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from bench.errors import is_our_error
+
+FAILED, MISUSED = 1, 2  # exit codes
+
+Roots = Annotated[
+    list[Path] | None,
+    typer.Option("--data-root", help="Folder with .npz files; may be given several times."),
+]
+Datasets = Annotated[str, typer.Option(help="a,b,...; default: the recipe's.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder of all runs.")]
+Unverified = Annotated[
+    str, typer.Option(help="Official sets whose MD5 may differ, a,b,...; every row says so.")
+]
+
+
+class UnknownName(ValueError):
+    """An unknown name on the command line."""
+
+
+def clean(command: Callable[..., None]) -> Callable[..., None]:
+    """Our own errors are printed as one line, all others with their trace."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except UnknownName as error:
+            stop(str(error), MISUSED)
+        except (ValueError, FileNotFoundError) as error:
+            if not is_our_error(error):
+                raise
+            stop(str(error), FAILED)
+        except KeyboardInterrupt:
+            stop("interrupted; the same command continues", FAILED)
+
+    return wrapped
+
+
+def data_folders(data_root: list[Path] | None) -> tuple[Path, ...]:
+    """The data roots; each must exist."""
+    for root in data_root or ():
+        if not root.is_dir():
+            raise ValueError(f"--data-root {root} is not a folder; expected one with .npz files")
+    return tuple(data_root or ())
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """a, b and c of "a,b,c", each once."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+
+
+def check_known(kind: str, name: str, known: Collection[str]) -> None:
+    """UnknownName names the nearest known one."""
+    if name not in known:
+        near = get_close_matches(name, known) or list(known)
+        raise UnknownName(f"no {kind} {name!r}; did you mean {' or '.join(near)}?")
+
+
+def must_resolve(names: Callable[[], object]) -> None:
+    """A dataset that does not exist is a misuse of the command line."""
+    try:
+        names()
+    except ValueError as error:
+        raise UnknownName(str(error)) from error
+
+
+def stop(message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(code)

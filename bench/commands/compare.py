@@ -1,0 +1,148 @@
+"""Two methods of a run, or one method in two runs, on the same test images."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from bench.report.answers import Answers
+from bench.report.table import tabulate
+from bench.runs.judge import plain
+from bench.runs.records import Record, Samples, read_samples, samples_path
+from bench.runs.sets import read_records
+from bench.stats.metrics import measure
+from bench.suite import Suite, suite
+
+KEYS = ["dataset", "metric"]
+RENAMED = {"difference_low": "low", "difference_high": "high"}
+DEFAULT_METRICS = ("macro_f1", "accuracy", "auc", "balanced_accuracy", "ece", "qwk")
+
+
+def compare_methods(folder: Path, name: str, method: str, reference: str) -> pd.DataFrame:
+    """dataset, metric, both means, difference with its 95 % interval, Holm-adjusted p.
+
+    Paired: both methods are resampled, and swapped, image by image. ValueError for a method that
+    the suite does not have.
+    """
+    of = suite(name)
+    for one in (method, reference):
+        of.method(one)
+    if method == reference:
+        raise ValueError(f"{method!r} was given twice; expected two different methods")
+    mine = [r for r in read_records(folder, name) if r.method in (method, reference)]
+    pair = of.pair(method, reference)
+    return _paired(mine, Answers.read(folder, mine, pair), method, reference)
+
+
+def compare_runs(
+    folders: tuple[Path, Path], name: str, method: str
+) -> tuple[pd.DataFrame, list[str]]:
+    """The same of one method in two runs, and notes on the seeds and images that they share.
+
+    Images are paired by id. ValueError where the same image has two labels, or nothing is shared.
+    """
+    of = suite(name)
+    of.method(method)
+    sides = [
+        {r.seed: r for r in read_records(folder, name) if r.method == method} for folder in folders
+    ]
+    seeds = sorted(set(sides[0]) & set(sides[1]))
+    if not seeds:
+        raise ValueError(
+            f"the runs share no seed of {method!r}: {folders[0]} has {sorted(sides[0])}, "
+            f"{folders[1]} {sorted(sides[1])}; run one of them with a seed of the other"
+        )
+    notes = [f"shared seeds: {', '.join(map(str, seeds))}"]
+    labels = [str(folder) for folder in folders]
+    if labels[0] == labels[1]:
+        raise ValueError(f"{folders[0]} was given twice; expected two different runs")
+    read = [
+        {seed: read_samples(samples_path(folder, side[seed].name)) for seed in seeds}
+        for folder, side in zip(folders, sides, strict=True)
+    ]
+    shared = _shared_ids(read[0][seeds[0]], read[1][seeds[0]], labels)
+    notes += [f"{name}: {len(ids)} shared test images" for name, ids in shared.items()]
+    records, samples = [], {}
+    for label, side, found in zip(labels, sides, read, strict=True):
+        for seed in seeds:
+            record = replace(side[seed], method=label, items={})
+            samples[record.name] = {n: _taken(found[seed][n], ids) for n, ids in shared.items()}
+            records.append(record)
+    specs = {n: spec for n, spec in records[0].specs.items() if n in shared}
+    pair = of.pair(labels[0], labels[1])
+    answers = Answers(samples, specs, pair)
+    for record in records:  # measured on the shared images
+        record.metrics = {n: plain(measure(answers.scored(record, n))) for n in shared}
+        record.data = {n: _card(record.data[n], len(ids)) for n, ids in shared.items()}
+    return _paired(records, answers, labels[0], labels[1]), notes
+
+
+def _paired(
+    records: Sequence[Record], answers: Answers, method: str, reference: str
+) -> pd.DataFrame:
+    frame = tabulate(records, answers)
+    means = frame[frame["method"] == reference].set_index(KEYS)["mean"].rename(reference)
+    found = frame[frame["method"] == method].join(means, on=KEYS)
+    found = found.rename(columns={"mean": method, **RENAMED})
+    return found[[*KEYS, method, reference, "difference", "low", "high", "p"]]
+
+
+def chosen(
+    frame: pd.DataFrame, of: Suite, metrics: Collection[str], datasets: Collection[str]
+) -> pd.DataFrame:
+    """The rows of some metrics and datasets; by default the usual metrics of every dataset.
+
+    ValueError names what there is.
+    """
+    default = {*DEFAULT_METRICS, *(metric.name for metric in of.metrics)}
+    for column, wanted in (("metric", metrics), ("dataset", datasets)):
+        known = frame[column].unique().tolist()
+        for name in wanted:
+            if name not in known:
+                raise ValueError(f"no {column} {name!r} in these runs; they have {', '.join(known)}")
+    frame = frame[frame["metric"].isin(metrics or default)]
+    return frame[frame["dataset"].isin(datasets)] if datasets else frame
+
+
+def _shared_ids(
+    ours: Mapping[str, Samples], theirs: Mapping[str, Samples], runs: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Dataset -> ids of the test images that both runs answer, in the first run's order."""
+    shared = {}
+    for name in (name for name in ours if name in theirs):
+        a, b = ours[name], theirs[name]
+        ids = a.ids[np.isin(a.ids, b.ids)]
+        if not len(ids):
+            continue
+        left, right = _taken(a, ids), _taken(b, ids)
+        differ = left.labels.shape != right.labels.shape or bool(
+            (left.labels != right.labels).any()
+        )
+        if differ:
+            raise ValueError(
+                f"{name}: test images of {runs[0]} and {runs[1]} have the same ids and different "
+                "labels; the runs are of different data and cannot be paired"
+            )
+        shared[name] = ids
+    if not shared:
+        raise ValueError(f"{runs[0]} and {runs[1]} share no test image; they cannot be paired")
+    return shared
+
+
+def _taken(sample: Samples, ids: np.ndarray) -> Samples:
+    """The samples of these ids, in this order."""
+    place = {one: row for row, one in enumerate(sample.ids.tolist())}
+    rows = np.array([place[one] for one in ids.tolist()])
+    given = sample.prediction
+    written = None if given.generated is None else [given.generated[row] for row in rows]
+    prediction = replace(
+        given, log_probability=given.log_probability[rows], generated=written
+    )
+    groups = None if sample.groups is None else sample.groups[rows]
+    return Samples(sample.ids[rows], sample.labels[rows], groups, prediction)
+
+
+def _card(card: dict, count: int) -> dict:
+    return card | {"images": card["images"] | {"test": count}}

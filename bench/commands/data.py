@@ -1,0 +1,99 @@
+"""python -m bench data download | check."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.commands.cli import (
+    FAILED,
+    Roots,
+    Unverified,
+    check_known,
+    clean,
+    data_folders,
+    must_resolve,
+    split_names,
+)
+
+data_app = typer.Typer(help="Fetch and check the data.", no_args_is_help=True)
+
+
+@data_app.command()
+@clean
+def download(
+    root: Annotated[Path, typer.Argument(help="Folder to put the files into.")],
+    datasets: Annotated[str, typer.Option(help="a,b,...; default: all 12.")] = "",
+    size: Annotated[int, typer.Option(help="28, 64, 128 or 224 pixels.")] = 28,
+) -> None:
+    """Fetch official MedMNIST files, checked against their MD5."""
+    from vitask.data import medmnist
+
+    names = split_names(datasets) or medmnist.NAMES
+    for name in names:
+        check_known("MedMNIST set", name, medmnist.NAMES)
+    root.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        typer.echo(str(medmnist.download(name, size, root)))
+
+
+@data_app.command()
+@clean
+def check(
+    data: Annotated[str, typer.Option(help="phantom | medmnist")] = "medmnist",
+    data_root: Roots = None,
+    datasets: Annotated[str, typer.Option(help="a,b,...; default: what lies in the roots.")] = "",
+    size: Annotated[int, typer.Option(help="Pixels of the source images.")] = 28,
+    allow_unverified: Unverified = "",
+) -> None:
+    """Check files, and report images in two parts and conflicting labels; exit 1 on bad files."""
+    from vitask.data import SOURCES, load, spec
+    from vitask.data.check import duplicates
+
+    check_known("data source", data, SOURCES)
+    roots = data_folders(data_root)
+    names = split_names(datasets) or _there(data, roots, size)
+    must_resolve(
+        lambda: [spec(name, roots=roots) for name in (*names, *split_names(allow_unverified))]
+    )
+    bad = 0
+    for name in names:
+        try:
+            found = load(
+                name,
+                source=data,
+                roots=roots,
+                size=size,
+                allow_unverified=split_names(allow_unverified),
+            )
+        except ValueError as error:
+            bad += 1
+            typer.echo(f"{name}: {error}", err=True)
+            continue
+        parts = " / ".join(str(len(split)) for split in found.splits.values())
+        note = "" if found.md5_ok else ", NOT the official file"
+        face = "PHANTOM " if found.source == "phantom" else ""
+        typer.echo(f"{face}{name}: {parts} images, MD5 {found.md5}{note}")
+        for line in duplicates(found).lines():
+            typer.echo(f"  {line}")
+    if bad:
+        raise typer.Exit(FAILED)
+
+
+def _there(source: str, roots: Sequence[Path], size: int) -> tuple[str, ...]:
+    """The datasets that lie in the roots, or all phantoms; ValueError if there are none."""
+    from vitask.data import card, medmnist, names
+
+    if source == "phantom":
+        return names(source)
+    official = [
+        name
+        for name in medmnist.NAMES
+        if any((root / medmnist.file_name(name, size)).is_file() for root in roots)
+    ]
+    found = tuple(dict.fromkeys([*official, *card.names(roots)]))
+    if not found:
+        looked = ", ".join(map(str, roots)) or "no folder: give --data-root"
+        raise ValueError(f"no dataset of {size} pixels found; looked in {looked}")
+    return found

@@ -1,0 +1,107 @@
+"""What this machine has, against what the project needs."""
+
+import os
+import shutil
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+MEMORY_GIB = 6  # what `run --all` with the embedded recipe may take
+PROJECT = "vitask"
+HUB_DISTRIBUTION = "kernels"  # our package of that name is part of the distribution "vitask"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `ok` None is neither good nor bad."""
+
+    what: str
+    value: str
+    ok: bool | None = None
+
+
+def examine(roots: Sequence[Path]) -> list[Finding]:
+    """Versions, memory, cores, accelerator, the package's name, data."""
+    return [*_versions(), _hub(), *_machine(), _pocket(), *(_root(Path(root)) for root in roots)]
+
+
+def _versions() -> list[Finding]:
+    """Installed versions against the ranges of the project's own metadata."""
+    from packaging.requirements import Requirement
+
+from bench.errors import ROOT
+
+    found = []
+    try:
+        needed = [Requirement(text) for text in requires(PROJECT) or []]
+    except PackageNotFoundError:
+        hint = "not installed; run `pip install -c constraints.txt -e .` in the checkout"
+        found.append(Finding(PROJECT, hint, False))
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        needed = [Requirement(text) for text in project["dependencies"]]
+    for requirement in needed:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        wanted = str(requirement.specifier) or "any"
+        have = _installed(requirement.name)
+        if have is None:
+            found.append(Finding(requirement.name, f"missing, needed {wanted}", False))
+            continue
+        ok = requirement.specifier.contains(have, prereleases=True)
+        found.append(Finding(requirement.name, f"{have} (needed {wanted})", ok))
+    return found
+
+
+def _hub() -> Finding:
+    """The hub package whose name ours shares: vitask/guard.py refuses to start beside it."""
+    found = _installed(HUB_DISTRIBUTION)
+    if found is None:
+        return Finding("hub package kernels", "not installed, as it should be", True)
+    text = f"{found} is installed; it cannot stand beside this project: pip uninstall kernels"
+    return Finding("hub package kernels", text, False)
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _machine() -> list[Finding]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    return [
+        Finding("memory", f"{memory:.1f} GiB (needed {MEMORY_GIB})", memory >= MEMORY_GIB),
+        Finding("cores", str(len(os.sched_getaffinity(0)))),
+        Finding("free disk here", f"{free:.1f} GiB"),
+        Finding("accelerator", _accelerator()),
+    ]
+
+
+def _accelerator() -> str:
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch cannot be imported: {error}"
+    if not torch.cuda.is_available():
+        return f"none; torch {torch.__version__} computes on the CPU"
+    return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
+
+
+def _pocket() -> Finding:
+    import vitask
+
+    weights = Path(vitask.__file__).parent / "pocket" / "weights" / "model.safetensors"
+    if weights.is_file():
+        return Finding("pocket weights", f"{weights.stat().st_size / 1e6:.1f} MB", True)
+    return Finding("pocket weights", "missing; `python -m vitask.pocket` makes them", False)
+
+
+def _root(root: Path) -> Finding:
+    if not root.is_dir():
+        return Finding(f"data root {root}", "no such folder", False)
+    files = sorted(path.name for path in root.glob("*.npz"))
+    return Finding(f"data root {root}", ", ".join(files) or "no .npz file in it", bool(files))

@@ -1,0 +1,1 @@
+"""Measures this machine: fused losses, training step, scoring."""

@@ -1,0 +1,336 @@
+"""A training step and the scoring of all classes: one forward for all branches against three.
+
+Steps are forward and backward with LoRA, image features kept, every image 256 tokens (pocket: its
+own 16), 40 tokens of instruction, 8 of response; every row has an exemplar and a negative.
+vanilla: our own engine, response-only logits, Van alone. naive: three stock forwards, logits at
+all positions, losses in eager PyTorch. three_forwards: logits at the response only, fused losses.
+shared_stage1, shared_stage2: the default, one forward for all branches; on CUDA also with
+FlexAttention (shared_stage2_flex) in the place of SDPA with a dense mask.
+Scores are of 11 classes for every image. score_batch1: a stock forward per image and class with
+logits everywhere. score_batched: a forward per class, response-only. score_trie: one for all.
+ratio_to_vanilla is the median over rounds of a variant's time by vanilla's in the same round;
+tokens are those that the language model reads.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from bench.machine.speed import Clock, Spread, interleaved, peak_mib
+from bench.suite import MachineSuite, Measured
+from kernels import IGNORE_INDEX, crt_loss, rda_loss, response_loss
+from vitask.branches import BranchRows, Samples, prompt_embeddings, response_hidden, three_forwards
+from vitask.exemplar import ExemplarConnector
+from vitask.objective import Weights, joint_loss
+from vitask.score import Trie, response_log_probabilities
+from vitask.shared import shared_forward
+from vitask.vlm import VLM, Prompt
+
+COLUMNS = (
+    "device", "dtype", "shape", "batch", "variant", "quantity", "value", "low", "high",
+)  # fmt: skip
+BEFORE, INSTRUCTION, RESPONSE, CLASSES = 4, 40, 8, 11  # tokens; classes
+FEATURES = 192  # of the TSM
+STAGE_1, STAGE_2 = Weights(1.0, 0.0), Weights(1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A language model's size, and how many tokens an image has."""
+
+    text: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    image_tokens: int = 256
+
+
+SHAPES = {
+    "pocket": Shape("qwen2", 128, 384, 4, 4, 2, 1088, image_tokens=16),
+    "mid": Shape("qwen2", 512, 1536, 8, 8, 4, 32_000),
+    "InternVL2-2B": Shape("llama", 2048, 8192, 24, 16, 8, 92_553),
+    "InternVL3-1B": Shape("qwen2", 896, 4864, 24, 14, 2, 151_674),
+}
+ON = {"cpu": (("pocket", 16), ("mid", 8)), "cuda": (
+    ("pocket", 16), ("mid", 8), ("InternVL2-2B", 16), ("InternVL2-2B", 64),
+    ("InternVL3-1B", 16), ("InternVL3-1B", 64),
+)}  # fmt: skip
+
+
+def measure(
+    device: str, note: Callable[[str], None], trace: Path | None = None
+) -> Iterator[Measured]:
+    """All variants at all shapes, what is known so far after each of them.
+
+    trace: file for a profile of the last shape's stage-2 step
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows: list[dict[str, Any]] = []
+    notes: dict[str, Any] = {}
+    missing = {}
+    if device == "cpu":
+        missing["CUDA"] = "not measured: no GPU here; `python -m bench run step` on one does it"
+    for name, batch in ON[device]:
+        note(f"step: {name}, batch {batch}")
+        bench = Bench(SHAPES[name], batch, dtype, device)
+        same = {"device": device, "dtype": str(dtype).removeprefix("torch."), "shape": name}
+        rows += [same | {"batch": batch} | row for row in bench.rows()]
+        notes[f"where shared_stage2 goes, {name}, batch {batch}"] = bench.profile(trace)
+        yield Measured(rows, missing, targets(rows), notes)
+
+
+class Bench:
+    """One model with random weights, one batch, and the variants of its step."""
+
+    def __init__(self, shape: Shape, batch: int, dtype: torch.dtype, device: str) -> None:
+        torch.manual_seed(0)
+        self.device, self.batch = device, batch
+        self.vlm = random_vlm(shape, dtype, device)
+        self.vlm.add_lora(rank=16, alpha=32, dropout=0.0)
+        self.connector = ExemplarConnector(FEATURES, shape.hidden).to(device, dtype)
+        self.trained = [
+            p for p in [*self.vlm.adapter.parameters(), *self.connector.parameters()]
+            if p.requires_grad
+        ]  # fmt: skip
+        prompt = Prompt(before=self._ids(BEFORE), after=self._ids(INSTRUCTION))
+        self.samples = Samples(
+            prompts=[prompt] * batch,
+            responses=[self._ids(RESPONSE) for _ in range(batch)],
+            image=torch.randn(batch, shape.image_tokens, shape.hidden, device=device).to(dtype),
+            exemplar=torch.randn(batch, FEATURES, device=device).to(dtype),
+            negative=torch.arange(batch, device=device).roll(1),
+        )
+        self.classes = [self._ids(RESPONSE) for _ in range(CLASSES)]
+
+    def _ids(self, count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(len(self.vlm.head), (count,)).tolist())
+
+    # Variants
+
+    def variants(self) -> dict[str, Callable[[], object]]:
+        stage_1 = self.samples._replace(negative=None)
+        alone = stage_1._replace(exemplar=None)
+        variants = {
+            "vanilla": lambda: self._step(three_forwards, alone, STAGE_1),
+            "naive": self._naive,
+            "three_forwards": lambda: self._step(three_forwards, self.samples, STAGE_2),
+            "shared_stage1": lambda: self._step(shared_forward, stage_1, STAGE_1),
+            "shared_stage2": lambda: self._step(shared_forward, self.samples, STAGE_2),
+            "score_batch1": self._score_batch1,
+            "score_batched": self._score_batched,
+            "score_trie": self._score_trie,
+        }
+        if self.device == "cuda":
+            variants["shared_stage2_flex"] = self._flex
+        return variants
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens that the language model reads in each variant."""
+        image, prompt = self.samples.image.shape[1] + BEFORE, INSTRUCTION + RESPONSE - 1
+        three = 3 * (image + prompt) + 1
+        stage_1 = image + 2 * prompt + 1
+        nodes = len(Trie(self.classes).token) - 1
+        per_image = {
+            "vanilla": image + prompt,
+            "naive": three + 3,  # stock code reads the whole response
+            "three_forwards": three,
+            "shared_stage1": stage_1,
+            "shared_stage2": stage_1 + RESPONSE - 1,
+            "shared_stage2_flex": stage_1 + RESPONSE - 1,
+            "score_batch1": CLASSES * (image + prompt + 1),
+            "score_batched": CLASSES * (image + prompt),
+            "score_trie": image + INSTRUCTION + nodes,
+        }
+        return {name: count * self.batch for name, count in per_image.items()}
+
+    def _step(self, forward: Callable[..., BranchRows], samples: Samples, weights: Weights) -> None:
+        rows = forward(self.vlm, self.connector, samples, "cls")
+        self._backward(joint_loss(self.vlm, rows, weights, detach_exemplar=True).total)
+
+    def _flex(self) -> None:
+        config = self.vlm.model.config.text_config
+        config._attn_implementation = "flex_attention"
+        self._step(shared_forward, self.samples, STAGE_2)
+        config._attn_implementation = "sdpa"
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def _naive(self) -> None:
+        """As one would write it: the model called three times, losses over all positions."""
+        samples, image = self.samples, self.samples.image
+        exemplar = torch.cat([image, self.connector(samples.exemplar)], dim=1)
+        base, labels = self._stock(image)
+        with_exemplar, exemplar_labels = self._stock(exemplar)
+        negative, _ = self._stock(image[samples.negative])
+        keep = labels != IGNORE_INDEX
+        teacher = with_exemplar[exemplar_labels != IGNORE_INDEX]
+        loss = response_loss(base, labels) + response_loss(with_exemplar, exemplar_labels)
+        loss = loss + rda_loss(base[keep], teacher, labels[keep])
+        self._backward(loss + crt_loss(base, negative, labels))
+
+    def _stock(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of all positions (rows, vocab) in float32 and labels, shifted by one."""
+        samples = self.samples
+        embeddings, lengths = prompt_embeddings(
+            self.vlm, samples.prompts, tokens, samples.responses
+        )
+        logits = self.vlm.model(inputs_embeds=embeddings, use_cache=False).logits[:, :-1].float()
+        labels = torch.full(logits.shape[:2], IGNORE_INDEX, device=logits.device)
+        for row, (length, response) in enumerate(zip(lengths, samples.responses, strict=True)):
+            labels[row, length - 1 :] = torch.tensor(response)
+        return logits.flatten(0, 1), labels.flatten()
+
+    @torch.inference_mode()
+    def _score_batch1(self) -> None:
+        prompt, image = self.samples.prompts[0], self.samples.image
+        for number in range(self.batch):
+            for response in self.classes:
+                embeddings, (length,) = prompt_embeddings(
+                    self.vlm, [prompt], image[number : number + 1], [response]
+                )
+                logits = self.vlm.model(inputs_embeds=embeddings, use_cache=False).logits.float()
+                log_p = logits[0, length - 1 : -1].log_softmax(-1)
+                log_p[torch.arange(RESPONSE), list(response)].sum()
+
+    @torch.inference_mode()
+    def _score_batched(self) -> None:
+        prompts = self.samples.prompts
+        for response in self.classes:
+            hidden, labels, owner = response_hidden(
+                self.vlm, prompts, self.samples.image, [response] * self.batch
+            )
+            log_p = self.vlm.logits(hidden).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+            torch.zeros(self.batch, device=log_p.device).index_add_(0, owner, log_p)
+
+    def _score_trie(self) -> None:
+        response_log_probabilities(
+            self.vlm, self.samples.prompts[0], self.samples.image, self.classes
+        )
+
+    # Figures
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Milliseconds, ratio to vanilla, tokens and peak memory of every variant."""
+        variants, clock = self.variants(), Clock(self.device)
+
+        def timed(step: Callable[[], object]) -> Callable[[], list[float]]:
+            return lambda: clock(step)
+
+        samples = interleaved(
+            {name: timed(step) for name, step in variants.items()}, budget_seconds=60
+        )
+        vanilla = [passes[0] for passes in samples["vanilla"]]
+        tokens = self.tokens()
+        for name, rounds in samples.items():
+            own = [passes[0] for passes in rounds]
+            ratios = [a / b for a, b in zip(own, vanilla, strict=True)]
+            yield {"variant": name, "quantity": "milliseconds"} | Spread.of(own)._asdict()
+            yield {"variant": name, "quantity": "ratio_to_vanilla"} | Spread.of(ratios)._asdict()
+            same = {"variant": name, "low": None, "high": None}
+            yield same | {"quantity": "tokens", "value": tokens[name]}
+            peak = peak_mib(variants[name], self.device)
+            yield same | {"quantity": "peak_mib", "value": peak}
+
+    def profile(self, trace: Path | None = None) -> list[str]:
+        """Where a step of stage 2 goes: operations by their own time. `trace`: file to write."""
+        activities = [ProfilerActivity.CPU]
+        if self.device == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        step = self.variants()["shared_stage2"]
+        with profile(activities=activities) as profiler:
+            step()
+        if trace is not None:
+            profiler.export_chrome_trace(str(trace))
+        events = profiler.key_averages()
+
+        def own(event: Any) -> float:
+            cuda = self.device == "cuda"
+            return event.self_device_time_total if cuda else event.self_cpu_time_total
+
+        whole = sum(map(own, events))
+        first = sorted(events, key=own, reverse=True)[:8]
+        return [f"{event.key} {own(event) / whole:.0%}" for event in first]
+
+
+def random_vlm(shape: Shape, dtype: torch.dtype, device: str) -> VLM:
+    """A native InternVL of this size with random weights; its vision tower is never run."""
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = InternVLConfig(
+        vision_config={
+            **small,
+            "num_attention_heads": 1,
+            "image_size": [32, 32],
+            "patch_size": [8, 8],
+        },
+        text_config={
+            "model_type": shape.text,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "vocab_size": shape.vocab,
+            "tie_word_embeddings": False,
+        },
+        attn_implementation="sdpa",
+    )
+    with torch.device(device):
+        model = InternVLForConditionalGeneration._from_config(config, dtype=dtype)
+    processor = VLM.load("pocket").processor  # of no use here: nothing is asked in words
+    return VLM(model, processor, "random")
+
+
+def targets(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool | None]]:
+    """What was aimed at and what came out, the worst batch of a shape."""
+    found: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    for row in rows:
+        place = found.setdefault((row["shape"], row["batch"]), {})
+        place.setdefault(row["variant"], {})[row["quantity"]] = row["value"]
+
+    def ratio(
+        text: str, shape: str, above: str, below: str, aim: float, *,
+        quantity: str = "milliseconds", most: bool = False, device: str = "cpu",
+    ) -> tuple[str, str, bool | None]:  # fmt: skip
+        there = {row["device"] for row in rows}
+        values = [
+            variants[above][quantity] / variants[below][quantity]
+            for (name, _), variants in found.items()
+            if name == shape and device in there
+        ]
+        if not values:
+            return text, "–", None
+        worst = max(values) if most else min(values)
+        return text, f"{worst:.2f}", worst <= aim if most else worst >= aim
+
+    ours = "shared_stage2"
+    done = [
+        ratio("mid, CPU: stage 2 at most 1.3 × vanilla", "mid", ours, "vanilla", 1.3, most=True),
+        ratio("mid, CPU: 4 × faster than naive", "mid", "naive", ours, 4.0),
+        ratio("mid, CPU: 2.4 × faster than three forwards", "mid", "three_forwards", ours, 2.4),
+        ratio("mid, CPU: scoring 14 × batch 1", "mid", "score_batch1", "score_trie", 14.0),
+        ratio("mid, CPU: scoring 7 × batched", "mid", "score_batched", "score_trie", 7.0),
+        ratio("pocket: about 1.2 × three forwards", "pocket", "three_forwards", ours, 1.2),
+    ]
+    for shape, aim in (("InternVL2-2B", 2.6), ("InternVL3-1B", 3.2)):
+        text = f"{shape}, GPU: {aim} × faster than naive"
+        done.append(ratio(text, shape, "naive", ours, aim, device="cuda"))
+        text = f"{shape}, GPU: 0.25 of naive's peak memory"
+        done.append(
+            ratio(text, shape, ours, "naive", 0.25, quantity="peak_mib", most=True, device="cuda")
+        )
+    return done
+
+
+SUITE = MachineSuite(COLUMNS, __doc__ or "", measure)

@@ -1,0 +1,109 @@
+"""Runs a machine suite and writes its table: OUT/<suite>/<device>.csv, .md and .json."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from bench.machine.speed import device_name, slug
+from bench.report.page import ENVIRONMENT
+from bench.runs.environment import commit, hardware, versions
+from bench.runs.files import write_text
+from bench.suite import Measured, machine_suite
+
+LIBRARIES = ("torch", "triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy")
+
+
+def run_machine_suite(
+    name: str,
+    out: Path,
+    *,
+    command: str,
+    note: Callable[[str], None],
+    trace: Path | None = None,
+) -> list[Path]:
+    """Measure, and write the three files as the figures come; returns the files."""
+    suite = machine_suite(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = out / name / slug(device_name())
+    written: list[Path] = []
+    for measured in suite.measure(device, note, trace):
+        stamp = {
+            "suite": name,
+            "device": device_name(),
+            "command": command,
+            "commit": commit(),
+            "versions": versions(LIBRARIES),
+            "hardware": hardware(),
+            "missing": measured.missing,
+            "targets": measured.targets,
+            "notes": measured.notes,
+        }
+        texts = {
+            ".csv": _csv(measured, suite.columns),
+            ".md": _page(name, suite.about, measured, stamp),
+            ".json": json.dumps(stamp, indent=1) + "\n",
+        }
+        written = [place.with_name(place.name + ending) for ending in texts]
+        for path, text in zip(written, texts.values(), strict=True):
+            write_text(path, text)
+    return written
+
+
+def _csv(measured: Measured, columns: Sequence[str]) -> str:
+    frame = pd.DataFrame(measured.rows, columns=list(columns))
+    return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def _page(name: str, about: str, measured: Measured, stamp: dict[str, Any]) -> str:
+    """One table for each combination of what stands before the variant in the suite's columns."""
+    words = {True: "reached", False: "missed", None: "not measured"}
+    return ENVIRONMENT.get_template("machine.md").render(
+        suite=name,
+        about=about.strip(),
+        stamp=stamp,
+        tables=[
+            (title, rows[0].get("caption", ""), *_table(rows))
+            for title, rows in _tables(measured.rows)
+        ],
+        targets=[(aim, found, words[reached]) for aim, found, reached in measured.targets],
+    )
+
+
+def _tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Title -> its rows: one table for each shape."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "shape" in row:
+            title = f"{row['shape']}, batch {row['batch']}, {row['dtype']}"
+        else:
+            sizes = f"{row['rows']} rows × {row['hidden']} hidden × {row['vocab']} vocabulary"
+            title = f"{row['operation']}: {sizes}, {row['dtype']}"
+        found.setdefault(title, []).append(row)
+    return list(found.items())
+
+
+def _table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines of Markdown: a line a variant, a column a quantity."""
+    name = "variant" if "variant" in rows[0] else "implementation"
+
+    def column(row: dict[str, Any]) -> str:
+        return f"{row['quantity']}, {row['pass']}" if "pass" in row else row["quantity"]
+
+    columns = list(dict.fromkeys(column(row) for row in rows))
+    lines = []
+    for variant in dict.fromkeys(row[name] for row in rows):
+        mine = {column(row): row for row in rows if row[name] == variant}
+        lines.append([variant, *(_cell(mine.get(c)) for c in columns)])
+    return [name, *columns], lines
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    if row["low"] is None or row["low"] == row["high"]:
+        return f"{row['value']:.4g}"
+    return f"{row['value']:.4g} [{row['low']:.4g}, {row['high']:.4g}]"

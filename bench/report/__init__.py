@@ -1,0 +1,1 @@
+"""What is rendered from records: tables, pages, figures, official files."""

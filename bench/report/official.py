@@ -1,0 +1,80 @@
+"""Result files in MedMNIST's own form, readable by its Evaluator."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bench.runs.files import write_text
+from bench.runs.records import Record, read_samples, samples_path
+from bench.runs.sets import OFFICIAL
+from bench.stats.metrics import measure, scored
+from vitask.prompts import Candidates
+
+SUITE = "main"  # asks the plain question
+
+
+def write_official(folder: Path, records: Sequence[Record]) -> list[Path]:
+    """Write the result files of a suite's records, in place of older ones; returns them."""
+    texts = official_texts(folder, records)
+    for path in official_files(folder, records):
+        if path.name not in texts:
+            path.unlink()
+    for name, text in texts.items():
+        write_text(folder / OFFICIAL / name, text)
+    return [folder / OFFICIAL / name for name in texts]
+
+
+def official_files(folder: Path, records: Sequence[Record]) -> list[Path]:
+    """The result files that lie there for these records, of whatever figures."""
+    places = (folder / OFFICIAL).glob("*.csv")
+    runs = {f"@{record.name}.csv" for record in records}
+    return sorted(path for path in places if path.name[path.name.rfind("@") :] in runs)
+
+
+def official_texts(folder: Path, records: Sequence[Record]) -> dict[str, str]:
+    """File name -> text, one per record and official dataset.
+
+    `{flag}{_size}_test_[AUC]..._[ACC]...@{run}.csv`; rows: index and class probabilities (no
+    log-probabilities), no header. For real, verified MedMNIST files that are trained on and tested
+    whole, and for the suite that asks the plain question.
+    """
+    texts = {}
+    for record in records:
+        official = [name for name, card in record.data.items() if is_official(card)]
+        if not official or record.plan["limit"] is not None or record.suite != SUITE:
+            continue
+        samples, specs = read_samples(samples_path(folder, record.name)), record.specs
+        for name in (name for name in samples if name in official):
+            answers = None
+            if specs[name].multi_label:
+                answers = Candidates.of_card(record.candidates[name], len(specs[name].classes))
+            data = scored(specs[name], samples[name].labels, samples[name].prediction, answers)
+            point = measure(data)
+            file = file_name(
+                name,
+                record.data[name]["size"],
+                auc=float(point["auc"][0]),
+                accuracy=float(point["medmnist_acc"][0]),
+                run=record.name,
+            )
+            texts[file] = _text(data.probability)
+    return texts
+
+
+def is_official(card: dict[str, Any]) -> bool:
+    """A verified file of MedMNIST, trained on and tested whole."""
+    used, published = card["images"], card["spec"]["n_samples"]
+    whole = all(used[part] == published[part] for part in ("train", "test"))
+    return card["source"] == "medmnist" and card["md5_ok"] and whole
+
+
+def file_name(flag: str, size: int, *, auc: float, accuracy: float, run: str) -> str:
+    part = "" if size == 28 else f"_{size}"
+    return f"{flag}{part}_test_[AUC]{auc:.3f}_[ACC]{accuracy:.3f}@{run}.csv"
+
+
+def _text(probability: np.ndarray) -> str:
+    return pd.DataFrame(probability).to_csv(header=False, lineterminator="\n", float_format="%.10g")

@@ -1,0 +1,1 @@
+"""What runs: plans, keys, jobs, records, models."""

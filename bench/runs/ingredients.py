@@ -1,0 +1,98 @@
+"""What decides a model or a record: flat mappings from an ingredient's name to its value.
+
+Equal ingredients give equal results; where they differ, `keys.changes` names the difference.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from bench.runs.keys import code, fields_read, key, weights
+from vitask.data.spec import SPLITS, Dataset
+from vitask.pocket.model import WEIGHTS
+from vitask.prompts import instruction
+from vitask.recipes import Recipe
+
+COMPUTING = ("bench.runs.work", "bench.runs.judge")  # beside a suite's own file
+# Not decided by these: the name is a label, data enter by content, memory moves features only.
+NEVER = {"name", "sources", "train_limit", "val_limit", "feature_memory_mib"}
+
+
+def model_ingredients(
+    module: str,
+    recipe: Recipe,
+    datasets: Mapping[str, Dataset],
+    seed: int,
+    versions: Mapping[str, str],
+    *,
+    tsm_key: str | None = None,
+    exemplar: str = "tsm",
+) -> dict[str, Any]:
+    """Of a model that `module` trains. A TSM's own ingredients are in its key."""
+    found = _of(code([module]), recipe, versions)
+    if module != "vitask.tsm":
+        found = {k: v for k, v in found.items() if not k.startswith("recipe.tsm")}
+        found |= {"tsm": tsm_key, "exemplar": exemplar} | _weights(recipe)
+    for name, dataset in datasets.items():
+        found[f"data.{name}"] = [*data_of(dataset, ("train", "val")), instruction(dataset.spec)]
+    return found | {"seed": seed}
+
+
+def set_ingredients(
+    module: str,
+    recipe: Recipe,
+    datasets: Mapping[str, Dataset],
+    evaluated: Mapping[str, Dataset],
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Of all records of the suite in `module`, whatever their method and seed."""
+    found = _of(code([module, *COMPUTING]), recipe, versions) | _weights(recipe)
+    for kind, some in (("data", datasets), ("evaluated", evaluated)):
+        for name, dataset in some.items():
+            found[f"{kind}.{name}"] = [*data_of(dataset, SPLITS), instruction(dataset.spec)]
+    return found
+
+
+def data_of(dataset: Dataset, splits: Sequence[str]) -> list[Any]:
+    """The content of some splits, not only their size: limits draw others as they follow."""
+    return [dataset.source, dataset.size, dataset.md5, *ids_of(dataset, splits)]
+
+
+def ids_of(dataset: Dataset, splits: Sequence[str]) -> list[str]:
+    """A digest of the ids, labels and groups of each split."""
+    found = []
+    for split in (dataset.splits[name] for name in splits):
+        digest = hashlib.sha256("\n".join(split.ids.tolist()).encode())
+        digest.update(split.labels.tobytes())
+        digest.update("\n".join(split.groups.tolist() if split.groups is not None else ()).encode())
+        found.append(digest.hexdigest()[:16])
+    return found
+
+
+def _of(
+    modules: Mapping[str, str], recipe: Recipe, versions: Mapping[str, str]
+) -> dict[str, Any]:
+    known = {one.name for one in fields(Recipe)} - NEVER
+    read, values = fields_read(modules, known), asdict(recipe)
+    return (
+        {f"recipe.{name}": values[name] for name in sorted(read)}
+        | {f"versions.{name}": version for name, version in versions.items()}
+        | {f"code: {path}": digest for path, digest in modules.items()}
+    )
+
+
+def _weights(recipe: Recipe) -> dict[str, str]:
+    """The base VLM's files, where they are on this machine."""
+    place = WEIGHTS if recipe.vlm == "pocket" else Path(recipe.vlm)
+    return {"weights": weights(place)} if place.is_dir() else {}
+
+
+def set_key(suite: str, ingredients: Mapping[str, Any]) -> str:
+    return key({"suite": suite, **ingredients})
+
+
+def record_key(set_key: str, method: str, seed: int) -> str:
+    """Equal keys, equal results."""
+    return key({"set": set_key, "method": method, "seed": seed})

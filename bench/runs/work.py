@@ -1,0 +1,360 @@
+"""One seed of one suite: models trained once, frozen features, predictions for test images.
+
+A model is kept under `checkpoints/` and found again by its ingredients (recipe, data, seed,
+versions, code), never by its name: suites that need the same model train it once.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bench.runs.ingredients import data_of, ids_of, model_ingredients
+from bench.runs.keys import key
+from bench.runs.models import kept
+from bench.suite import Outcome, Training
+from vitask.checkpoint import Task, VITask
+from vitask.data.spec import SPLITS, Dataset
+from vitask.exemplar import feature_kind
+from vitask.features import Features
+from vitask.recipes import Recipe, vanilla
+from vitask.score import Prediction
+from vitask.selfcheck import check_image_sensitivity
+from vitask.train import tune
+from vitask.tsm import TSM, train_tsm
+from vitask.vlm import VLM
+
+if TYPE_CHECKING:
+    from bench.runs.progress import Advancing
+
+# Costs in samples of vanilla tuning, measured with the pocket recipe.
+TSM_SAMPLE, VITASK_SAMPLE, SCORED_IMAGE = 0.25, 2.0, 0.6
+DIGITS = 2.0**-10  # nat: what samples keep of a log-probability
+
+
+@dataclass(frozen=True)
+class TrainedTSM:
+    """A trained task-specific model and the note on its training."""
+
+    model: TSM
+    note: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned VLM and the note on its tuning. `exemplar`: features of its TSM, None for vanilla."""
+
+    model: VITask
+    note: dict[str, Any]
+    exemplar: Features | None
+
+
+@dataclass
+class Work:
+    """What a suite works with. Every training advances the progress by its epochs.
+
+    datasets: what is trained on; evaluated: what is scored (often the same)
+    cache:    shared by all seeds and suites of a run
+    """
+
+    suite: str
+    recipe: Recipe
+    datasets: dict[str, Dataset]
+    evaluated: dict[str, Dataset]
+    seed: int
+    folder: Path
+    versions: dict[str, str]
+    progress: "Advancing"
+    cache: dict[Any, Any] = field(default_factory=dict)
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+
+    # Models
+
+    def vlm(self) -> VLM:
+        """A fresh VLM: tuning changes it in place."""
+        return VLM.load(
+            self.recipe.vlm,
+            dtype=getattr(torch, self.recipe.precision),
+            device=self.device,
+            attention=self.recipe.attention,
+        )
+
+    @cached_property
+    def untuned(self) -> VITask:
+        """The VLM before tuning, with the instructions of all datasets."""
+        return VITask(self.vlm(), vanilla(self.recipe), self.tasks)
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        """Instruction and candidates of each dataset."""
+        return {name: Task.of(dataset) for name, dataset in self.everything.items()}
+
+    @property
+    def everything(self) -> dict[str, Dataset]:
+        """Datasets that are trained on or tested on."""
+        return {**self.datasets, **self.evaluated}
+
+    @property
+    def image(self) -> Features:
+        """The frozen VLM's image features."""
+        return self._checked_features[0]
+
+    @property
+    def self_check(self) -> dict[str, int]:
+        """How far shuffled images move the scores, in multiples of batch noise, per dataset."""
+        return self._checked_features[1]
+
+    @cached_property
+    def _checked_features(self) -> tuple[Features, dict[str, int]]:
+        """Features, after the check that images reach the scores; cached for all seeds."""
+        images = {name: ids_of(dataset, SPLITS) for name, dataset in self.everything.items()}
+        place = ("image", self.recipe.vlm, *self.datasets, key(images))
+        if place not in self.cache:
+            image = self.features(self.untuned.vlm.image_features)
+            self.progress.note("self-check: do the images reach the answers?")
+            ratios = check_image_sensitivity(self.untuned, self.datasets, image)
+            self.cache[place] = image, {name: round(r) for name, r in ratios.items()}
+        return self.cache[place]
+
+    def tsm(
+        self,
+        training: Training,
+        datasets: Mapping[str, Dataset] | None = None,
+        *,
+        planned: bool = True,
+    ) -> TrainedTSM:
+        """The task-specific model of the suite's datasets, or of others; trained or found.
+
+        planned: whether the suite's `models` name it, so that the time left counts it
+        """
+        recipe, datasets = training.recipe, datasets or self.datasets
+        cost = TSM_SAMPLE * images_of(datasets) if planned else 0.0
+
+        def train() -> tuple[TSM, Any]:
+            return train_tsm(datasets, recipe, self.seed, on_epoch=self._on_epoch(cost, training))
+
+        def save(model: TSM, folder: Path) -> None:
+            folder.mkdir()
+            model.save(folder)
+
+        def load(folder: Path) -> TSM:
+            return TSM.load(folder).to(self.device)
+
+        ingredients = model_ingredients("vitask.tsm", recipe, datasets, self.seed, self.versions)
+        model, note = self._kept(training, ingredients, lambda: train, save, load)
+        if note.pop("found"):
+            self._skip(cost * recipe.tsm_epochs, training)
+        return TrainedTSM(model, note)
+
+    def tuned(
+        self,
+        training: Training,
+        tsm: TrainedTSM | None = None,
+        datasets: Mapping[str, Dataset] | None = None,
+    ) -> Tuned:
+        """The VLM tuned on the suite's datasets, or on others; with a TSM if its recipe has EP."""
+        recipe, datasets = training.recipe, datasets or self.datasets
+        exemplar = in_training = None
+        if not recipe.exemplar:
+            tsm = None
+        elif tsm is None:
+            raise ValueError(f"{training.name} is tuned with exemplars; expected its trained TSM")
+        else:
+            exemplar = self.exemplar(tsm.model, training)
+            in_training = self.exemplar(tsm.model, training, datasets)
+        cost = sample_cost(recipe) * images_of(datasets)
+
+        def prepare() -> Callable[[], tuple[VITask, Any]]:
+            vlm = self.vlm()
+            shared = datasets is self.datasets and recipe.trained == "adapters"
+            image = self.image if shared else self.image_inputs(vlm, recipe, datasets)
+            for name, split in product(datasets, ("train", "val")):
+                image(name, split)
+            return lambda: train(vlm, image)
+
+        def train(vlm: VLM, image: Features) -> tuple[VITask, Any]:
+            model, log = tune(
+                vlm,
+                datasets,
+                recipe,
+                self.seed,
+                image=image,
+                tsm=None if tsm is None else tsm.model,
+                exemplar=in_training,
+                on_epoch=self._on_epoch(cost, training),
+            )
+            return model, asdict(log)
+
+        load = partial(VITask.from_pretrained, device=self.device)
+        ingredients = model_ingredients(
+            "vitask.train", recipe, datasets, self.seed, self.versions,
+            tsm_key=None if tsm is None else tsm.note["key"], exemplar=training.exemplar,
+        )  # fmt: skip
+        model, note = self._kept(training, ingredients, prepare, VITask.save_pretrained, load)
+        if note.pop("found"):
+            self._skip(cost * recipe.epochs, training)
+        # Its candidates are the scored datasets': these may differ from those it was tuned on.
+        asked = VITask(
+            model.vlm, model.recipe, self.tasks, tsm=model.tsm, connector=model.connector
+        )
+        return Tuned(asked, note, exemplar)
+
+    def exemplar(
+        self, tsm: TSM, training: Training, datasets: Mapping[str, Dataset] | None = None
+    ) -> Features:
+        """A TSM's features, as the connector takes them; zeros for a constant exemplar."""
+        if training.exemplar == "constant":
+            width = tsm.feature_size()
+            return self.features(lambda images: torch.zeros(len(images), width), datasets)
+        kind = feature_kind(training.recipe.variant)
+        return self.features(partial(tsm.features, kind=kind), datasets)
+
+    def features(
+        self,
+        compute: Callable[[np.ndarray], torch.Tensor],
+        datasets: Mapping[str, Dataset] | None = None,
+    ) -> Features:
+        """Features of all images, in memory or on disk."""
+        memory, folder = self.recipe.feature_memory_mib, self.folder
+        return Features(datasets or self.everything, compute, memory_mib=memory, folder=folder)
+
+    def image_inputs(
+        self, vlm: VLM, recipe: Recipe, datasets: Mapping[str, Dataset] | None = None
+    ) -> Features:
+        """The images as tuning takes them: features, or pixels where vision is trained."""
+        compute = vlm.image_features if recipe.trained == "adapters" else vlm.pixel_values
+        return Features(datasets or self.everything, compute)
+
+    def changed(self, recipe: Recipe) -> dict[str, Any]:
+        """How a model's recipe differs from the suite's."""
+        own = asdict(self.recipe)
+        return {name: value for name, value in asdict(recipe).items() if value != own[name]}
+
+    def _kept(
+        self, training: Training, ingredients: dict[str, Any], prepare: Any, save: Any, load: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """The model of these ingredients, trained now or before, and its note."""
+        place = self.folder / "checkpoints"
+        model, note = kept(
+            place, f"{training.name}-seed{self.seed}", key(ingredients), self.suite,
+            prepare, save, load,
+        )  # fmt: skip
+        return model, note | {"changed": self.changed(training.recipe)}
+
+    # Predictions for the test splits
+
+    def predict(
+        self, model: VITask, exemplar: Features | None = None, *, write: bool = True
+    ) -> list[Prediction]:
+        """Constrained scores and generated answers for every test image of every dataset."""
+        return self._predictions(model, (exemplar,), write)[0]
+
+    def both_ways(
+        self,
+        tuned: Tuned,
+        methods: tuple[str, str],
+        wanted: Collection[str],
+        *,
+        write: bool = True,
+    ) -> Iterator[Outcome]:
+        """The wanted ones of two methods: one model without and with its exemplar.
+
+        One pass scores both, even where one is wanted: a run that continues gives the same bits.
+        """
+        if not {*methods} & {*wanted}:
+            return
+        found = self._predictions(tuned.model, (None, tuned.exemplar), write)
+        for method, predictions in zip(methods, found, strict=True):
+            if method in wanted:
+                yield self.outcome(method, predictions, tuned.note)
+
+    def _predictions(
+        self, model: VITask, ways: Sequence[Features | None], write: bool
+    ) -> list[list[Prediction]]:
+        """For each way, without (None) or with these exemplar features: all datasets."""
+        image = self.image
+        if model.recipe.trained != "adapters":
+            image = self.image_inputs(model.vlm, model.recipe)
+        done: list[list[Prediction]] = [[] for _ in ways]
+        for name in self.evaluated:
+            inputs = model.image_inputs(image(name, "test"))
+            features = [None if way is None else way(name, "test") for way in ways]
+            tokens = [model.tokens(inputs, one) for one in features]
+            if len(ways) == 2 and features[0] is None and features[1] is not None:
+                scores = [*model.score_both(name, inputs, features[1])]
+            else:
+                scores = [model.score(name, one) for one in tokens]
+            for way, (log_p, one) in enumerate(zip(scores, tokens, strict=True)):
+                written = model.write(name, one) if write else None
+                done[way].append(Prediction(name, "candidates", log_p, written))
+        return done
+
+    def classify(self, tsm: TSM, split: str = "test") -> list[Prediction]:
+        """The task-specific model's predictions for a split of every scored dataset."""
+        return [
+            classified(tsm, name, dataset.splits[split].images, dataset)
+            for name, dataset in self.evaluated.items()
+        ]
+
+    def outcome(
+        self, method: str, predictions: list[Prediction], note: "dict[str, Any] | None" = None
+    ) -> Outcome:
+        """A method's predictions as an outcome, with the note on its model."""
+        self.scored(method)
+        extras = {} if note is None else {"tuning": note["log"], "changed": note["changed"]}
+        return Outcome(method, [rounded(p) for p in predictions], extras)
+
+    # Progress
+
+    def scored(self, method: str, share: float = 1.0) -> None:
+        """A method has answered this share of all test images."""
+        cost = SCORED_IMAGE * images_of(self.evaluated, ("test",)) * share
+        self.progress.advance(cost, f"{self.suite}: {method}, seed {self.seed}")
+
+    def _skip(self, units: float, training: Training) -> None:
+        text = f"{self.suite}: {training.name}, seed {self.seed}: found"
+        self.progress.skip(units, text)
+
+    def _on_epoch(self, cost: float, training: Training) -> Any:
+        def on_epoch(what: str, epoch: int, epochs: int) -> None:
+            where = f"{training.name}, seed {self.seed}, epoch {epoch} of {epochs}"
+            self.progress.advance(cost, f"{self.suite}: {where}", finished=epoch == epochs)
+
+        return on_epoch
+
+
+def classified(tsm: TSM, name: str, images: np.ndarray, dataset: Dataset) -> Prediction:
+    """A task-specific model's prediction for some images of a dataset."""
+    log_p = tsm.log_probabilities(images, dataset.spec)
+    return Prediction(name, "labels" if dataset.spec.multi_label else "candidates", log_p)
+
+
+def rounded(prediction: Prediction) -> Prediction:
+    """As samples keep it: what is measured is what is on disk."""
+    log_p = np.round(prediction.log_probability / DIGITS) * DIGITS
+    return Prediction(
+        prediction.dataset, prediction.kind, log_p.astype(np.float32).astype(np.float64),
+        prediction.generated,
+    )  # fmt: skip
+
+
+def images_of(datasets: Mapping[str, Dataset], splits: Sequence[str] = ("train",)) -> int:
+    return sum(len(dataset.splits[split]) for dataset in datasets.values() for split in splits)
+
+
+def sample_cost(recipe: Recipe) -> float:
+    """One epoch's cost of a sample."""
+    return VITASK_SAMPLE if recipe.exemplar or recipe.crt_weight else 1.0
+
+
+def training_units(training: Training, images: int) -> float:
+    """The whole cost of a training."""
+    recipe = training.recipe
+    if training.kind == "tsm":
+        return TSM_SAMPLE * recipe.tsm_epochs * images * training.share
+    return sample_cost(recipe) * recipe.epochs * images * training.share

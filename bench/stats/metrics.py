@@ -1,0 +1,286 @@
+"""Metrics as functions of weights over test images.
+
+One definition serves the point value (all weights 1), the bootstrap (weights are how often an
+image was drawn) and the paired permutation test (weights choose between two methods' answers).
+Every metric but AUC is a function of sums over images, so `columns` states what is summed and
+`finish` what the sums say; a weighting is then one matrix product.
+Weights: float (resamples, n); every metric comes back as float64 (resamples,).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitask.data.spec import DatasetSpec
+from vitask.prompts import Candidates, candidates
+from vitask.score import Prediction
+from vitask.validation import decide
+
+ECE_BINS = 15
+INVALID = -1
+
+Columns = dict[str, np.ndarray]  # name -> (n, width): what is summed over images
+Sums = Mapping[str, np.ndarray]  # name -> (resamples, width)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One method's answers for one dataset's test images, ready to be measured.
+
+    labels:      int (n,), or 0/1 (n, classes) for multi-label
+    probability: (n, classes); multi-label: of each label being present
+    predicted:   as labels, by arg max (over candidates) or the threshold 0.5
+    generated:   int (n,), INVALID for an answer that is none; multi-label (n, classes), a row of
+                 INVALID likewise; None for methods that do not write
+    """
+
+    spec: DatasetSpec
+    labels: np.ndarray
+    probability: np.ndarray
+    predicted: np.ndarray
+    generated: np.ndarray | None
+
+
+def scored(
+    spec: DatasetSpec,
+    labels: np.ndarray,
+    prediction: Prediction,
+    answers: Candidates | None = None,
+) -> Scored:
+    """Class probabilities and decisions from a prediction.
+
+    Class probability = softmax of the candidates' scores, summed where several answers are one
+    class; for multi-label candidates the normalised mass of the candidates that hold the label.
+    `answers`: the multi-label candidates.
+    """
+    log_p = prediction.log_probability
+    if spec.multi_label and answers is None:
+        raise ValueError(f"{spec.name}: the candidates of a multi-label dataset must be given")
+    if not spec.multi_label:
+        answers = candidates(spec, labels)
+    assert answers is not None
+    _check(spec, labels, prediction, answers)
+    if prediction.kind == "labels":
+        probability, predicted = np.exp(log_p), decide(spec, log_p)
+    else:
+        probability = np.minimum(_softmax(log_p) @ answers.members.astype(float), 1)
+        predicted = decide(spec, log_p, answers)
+    generated = None
+    if prediction.generated is not None:
+        generated = np.stack([_parsed(spec, answers, text) for text in prediction.generated])
+    return Scored(spec, labels, probability, predicted, generated)
+
+
+def measure(
+    data: Scored, weights: np.ndarray | None = None, *, ranks: bool = True
+) -> dict[str, np.ndarray]:
+    """Every metric of the task, each (resamples,); NaN where it is not defined.
+
+    ranks: False leaves out AUC, which takes most of the time.
+    """
+    if weights is None:
+        weights = np.ones((1, len(data.labels)))
+    sums = {name: weights @ column for name, column in columns(data).items()}
+    of_ranks = auc(data, weights) if ranks else np.full(len(weights), np.nan)
+    return finish(data.spec, sums, of_ranks)
+
+
+def confusion(data: Scored) -> list[list[int]]:
+    """Counts (true class, predicted class); for multi-label [[tn, fp], [fn, tp]] summed."""
+    truth, predicted = data.labels.ravel(), data.predicted.ravel()
+    size = 2 if data.spec.multi_label else len(data.spec.classes)
+    return np.bincount(truth * size + predicted, minlength=size**2).reshape(size, size).tolist()
+
+
+# What is summed over images
+
+
+def columns(data: Scored) -> Columns:
+    """Per image: what the metrics are made of. Multi-label: every label is a class of its own."""
+    spec, n = data.spec, len(data.labels)
+    true, guess = _indicator(spec, data.labels), _indicator(spec, data.predicted)
+    if spec.multi_label:
+        right = (data.labels == data.predicted).all(1)
+        medmnist = ((data.probability > 0.5) == (data.labels == 1)).mean(1)
+        # Each label's own calibration: the confidence in "present" or in "absent".
+        confidence = np.maximum(data.probability, 1 - data.probability)
+        agrees = (data.probability > 0.5) == (data.labels == 1)
+    else:
+        right = data.labels == data.predicted
+        binary = spec.task == "binary-class"  # medmnist thresholds the last column
+        medmnist = (data.probability[:, -1] > 0.5) == (data.labels == 1) if binary else right
+        confidence, agrees = data.probability.max(1, keepdims=True), right[:, None]
+    done = {
+        "count": np.ones((n, 1)),
+        "right": right[:, None].astype(float),
+        "medmnist": np.asarray(medmnist, dtype=float)[:, None],
+        "support": true,
+        "named": guess,
+        "hit": true * guess,
+        "calibration": _calibration(confidence, agrees),
+    }
+    if spec.task == "ordinal-regression":
+        done["distance"] = (data.labels - data.predicted)[:, None].astype(float) ** 2
+    if data.generated is not None:
+        done |= _generated(spec, true, data.labels, data.generated)
+    return done
+
+
+def _generated(
+    spec: DatasetSpec, true: np.ndarray, labels: np.ndarray, generated: np.ndarray
+) -> Columns:
+    """Generated answers: an invalid one is wrong and adds no class."""
+    invalid = (generated == INVALID).reshape(len(labels), -1).any(1)
+    right = (generated == labels).reshape(len(labels), -1).all(1)
+    kept = invalid.reshape(-1, 1) if generated.ndim == 2 else invalid
+    guess = _indicator(spec, np.where(kept, 0, generated)) * ~invalid[:, None]
+    return {
+        "gen_right": right[:, None].astype(float),
+        "gen_invalid": invalid[:, None].astype(float),
+        "gen_named": guess,
+        "gen_hit": true * guess,
+    }
+
+
+def _calibration(confidence: np.ndarray, agrees: np.ndarray) -> np.ndarray:
+    """(n, width * 15): agreement minus confidence, in the column of the confidence's bin."""
+    bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
+    gap = np.eye(ECE_BINS)[bins] * (agrees - confidence)[..., None]
+    return gap.reshape(len(confidence), -1)
+
+
+def _indicator(spec: DatasetSpec, labels: np.ndarray) -> np.ndarray:
+    return labels.astype(float) if spec.multi_label else np.eye(len(spec.classes))[labels]
+
+
+# What the sums say
+
+
+def finish(spec: DatasetSpec, sums: Sums, auc: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics from sums over images, AUC in its place among them."""
+    total = sums["count"]
+    hit, support, named = sums["hit"], sums["support"], sums["named"]
+    recall = _divide(hit, support)
+    balanced = recall
+    if spec.multi_label:  # of each label: the mean of sensitivity and specificity
+        balanced = (recall + _divide(total - support - named + hit, total - support)) / 2
+    widths = sums["calibration"].shape[1] // ECE_BINS
+    done = {
+        "accuracy": (sums["right"] / total)[:, 0],
+        "macro_f1": _f1(hit, support, named).mean(1),
+        "auc": auc,
+        "medmnist_acc": (sums["medmnist"] / total)[:, 0],
+        "balanced_accuracy": _mean_of_defined(balanced),
+        "ece": np.abs(sums["calibration"]).sum(1) / total[:, 0] / widths,
+    }
+    if spec.task == "ordinal-regression":
+        done["qwk"] = _quadratic_kappa(sums)
+    for number, name in enumerate(spec.classes):
+        done[f"recall:{name}"] = recall[:, number]
+    if "gen_right" in sums:
+        done["gen_accuracy"] = (sums["gen_right"] / total)[:, 0]
+        done["gen_macro_f1"] = _f1(sums["gen_hit"], support, sums["gen_named"]).mean(1)
+        done["gen_invalid"] = (sums["gen_invalid"] / total)[:, 0]
+    return done
+
+
+def _f1(hit: np.ndarray, support: np.ndarray, named: np.ndarray) -> np.ndarray:
+    """F1 per class; 0 for a class without support and prediction."""
+    both = support + named
+    return np.divide(2 * hit, both, out=np.zeros_like(hit), where=both > 0)
+
+
+def _quadratic_kappa(sums: Sums) -> np.ndarray:
+    """Cohen's kappa with quadratic weights; NaN where chance alone agrees fully."""
+    total = sums["count"][:, 0]
+    grades = np.arange(sums["support"].shape[1])
+    distance = (grades[:, None] - grades[None]) ** 2.0
+    expected = ((sums["support"] @ distance) * sums["named"]).sum(1) / total**2
+    return 1 - _divide(sums["distance"][:, 0] / total, expected)
+
+
+def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """above / below, NaN where nothing is below."""
+    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
+
+
+def _mean_of_defined(values: np.ndarray) -> np.ndarray:
+    """Mean over the columns that are not NaN; NaN if all are. (n, classes) -> (n,)."""
+    there = ~np.isnan(values)
+    return _divide(np.where(there, values, 0).sum(1), there.sum(1).astype(float))
+
+
+# AUC: of pairs of images, no sum over images
+
+
+def auc(data: Scored, weights: np.ndarray) -> np.ndarray:
+    """medmnist's: mean of one against rest; binary: of the last column; multi-label: of labels.
+
+    A class without positive or negative weight leaves the mean; NaN if all do.
+    """
+    by_image = np.ascontiguousarray(weights.T, dtype=np.float64)  # (n, resamples): rows are read
+    each = [binary_auc(score, positive, by_image) for score, positive in one_against_rest(data)]
+    return _mean_of_defined(np.stack(each, axis=1))
+
+
+def one_against_rest(data: Scored) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The (score, is positive) pairs, each (n,), whose AUC medmnist averages."""
+    if data.spec.task == "binary-class":
+        yield data.probability[:, -1], data.labels == 1
+        return
+    for k in range(len(data.spec.classes)):
+        positive = data.labels[:, k] == 1 if data.spec.multi_label else data.labels == k
+        yield data.probability[:, k], positive
+
+
+def binary_auc(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted Mann-Whitney statistic; ties count one half. weights (n, resamples)."""
+    negatives = np.flatnonzero(~positive)
+    negatives = negatives[np.argsort(score[negatives], kind="stable")]
+    positives = np.flatnonzero(positive)
+    below = np.zeros((len(negatives) + 1, weights.shape[1]))
+    np.cumsum(weights[negatives], axis=0, out=below[1:])
+    wins = weights[positives]
+    first = np.searchsorted(score[negatives], score[positives], "left")
+    last = np.searchsorted(score[negatives], score[positives], "right")
+    won = np.einsum("ir,ir->r", wins, below[first])
+    if (first != last).any():
+        won = (won + np.einsum("ir,ir->r", wins, below[last])) / 2
+    return _divide(won, wins.sum(0) * below[-1])
+
+
+def _check(
+    spec: DatasetSpec, labels: np.ndarray, prediction: Prediction, answers: Candidates
+) -> None:
+    """A prediction that does not fit its dataset is an error, never a wrong number."""
+    widths = {"candidates": len(answers.texts)}
+    if spec.multi_label:
+        widths["labels"] = len(spec.classes)
+    if prediction.kind not in widths:
+        raise ValueError(
+            f"{spec.name}: kind of the prediction is {prediction.kind!r}; "
+            f"expected {' or '.join(widths)} for the task {spec.task!r}"
+        )
+    log_p, expected = prediction.log_probability, (len(labels), widths[prediction.kind])
+    if log_p.shape != expected:
+        raise ValueError(f"{spec.name}: log-probabilities {log_p.shape}; expected {expected}")
+    if np.isnan(log_p).any() or not np.isfinite(log_p.max(1)).all():
+        raise ValueError(f"{spec.name}: log-probabilities are NaN or all infinite in some rows")
+    if prediction.generated is not None and len(prediction.generated) != len(labels):
+        raise ValueError(
+            f"{spec.name}: {len(prediction.generated)} generated answers to {len(labels)} images"
+        )
+
+
+def _softmax(log_p: np.ndarray) -> np.ndarray:
+    shifted = np.exp(log_p - log_p.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
+def _parsed(spec: DatasetSpec, answers: Candidates, text: str) -> np.ndarray:
+    if spec.multi_label:
+        labels = answers.parse_labels(text, spec.classes)
+        return np.full(len(spec.classes), INVALID) if labels is None else labels.astype(int)
+    found = answers.parse(text)
+    return np.array(INVALID if found is None else answers.members[found].argmax())

@@ -1,0 +1,197 @@
+"""Uncertainty and significance: bootstrap, paired permutation, Holm.
+
+2,000 resamples of test images, drawn once per dataset: the same for all methods and seeds, by
+group (patient, lesion) where the data names them. A metric is averaged over seeds first.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from bench.stats.metrics import Scored, columns, finish, measure, one_against_rest
+
+RESAMPLES = 2000
+CHUNK = 250  # resamples at once: bounds the memory of (resamples, n) arrays
+LEVEL = 0.95
+
+
+def bootstrap_weights(name: str, count: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """How often each image is drawn, uint16 (2000, n). Depends on the dataset's name alone."""
+    rng = np.random.default_rng(zlib.crc32(f"bootstrap/{name}".encode()))
+    total, member = _members(count, groups)
+    weights = np.empty((RESAMPLES, count), dtype=np.uint16)
+    for resample in weights:
+        resample[:] = np.bincount(rng.integers(total, size=total), minlength=total)[member]
+    return weights
+
+
+def swaps(name: str, count: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """Which images change method, bool (2000, n); images of one group change together."""
+    rng = np.random.default_rng(zlib.crc32(f"permutation/{name}".encode()))
+    total, member = _members(count, groups)
+    return rng.integers(2, size=(RESAMPLES, total), dtype=np.uint8).astype(bool)[:, member]
+
+
+def resampled(seeds: Sequence[Scored], weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Every metric under every resample, averaged over seeds: (2000,) each."""
+
+    def metrics(chunk: np.ndarray) -> dict[str, np.ndarray]:
+        return mean_over_seeds([measure(data, chunk.astype(np.float64)) for data in seeds])
+
+    return chunked(metrics, weights)
+
+
+def permuted_differences(
+    ours: Sequence[Scored], reference: Sequence[Scored], swap: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Metric of ours minus reference after swapping the two methods' answers, (2000,) each.
+
+    An image swaps in all seeds at once. Exact, and cheap: sums over images change by
+    swap @ (reference's column - ours), and the difference of two AUCs is linear in the swaps.
+    For AUC an answer is its score's rank within method, seed and class (Venkatraman and Begg 1996,
+    Biometrika 83:835): scores of two methods share no scale, and the null distribution of a
+    mixture of them would be that of their confidence, of which AUC knows nothing.
+    """
+    parts = [_Pair(a, b) for a, b in zip(ours, reference, strict=True)]
+    return chunked(
+        lambda chunk: mean_over_seeds([pair(chunk.astype(np.float64)) for pair in parts]), swap
+    )
+
+
+class _Pair:
+    """Two methods' answers to the same images by one seed: swaps -> differences of metrics."""
+
+    def __init__(self, ours: Scored, reference: Scored) -> None:
+        mine, theirs = columns(ours), columns(reference)
+        shared = [name for name in mine if name in theirs]  # one of them may not write
+        widths = np.cumsum([mine[name].shape[1] for name in shared])
+        self._spec, self._names, self._cuts = ours.spec, shared, widths[:-1]
+        ours_at, theirs_at = (np.hstack([c[name] for name in shared]) for c in (mine, theirs))
+        self._ours, self._theirs = ours_at.sum(0), theirs_at.sum(0)
+        self._change = theirs_at - ours_at  # (n, columns)
+        self._auc, self._auc_change = _auc_difference(ours, reference)
+
+    def __call__(self, swap: np.ndarray) -> dict[str, np.ndarray]:
+        change = swap @ self._change
+        mine, theirs = self._metrics(self._ours + change), self._metrics(self._theirs - change)
+        done = {name: mine[name] - theirs[name] for name in mine}
+        done["auc"] = self._auc + swap @ self._auc_change
+        return done
+
+    def _metrics(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        named = dict(zip(self._names, np.split(sums, self._cuts, axis=1), strict=True))
+        return finish(self._spec, named, np.zeros(len(sums)))
+
+
+def _auc_difference(ours: Scored, reference: Scored) -> tuple[float, np.ndarray]:
+    """AUC of ours minus reference, and its change when an image's answers are swapped, (n,).
+
+    Put both methods' answers side by side and let an AUC be w_p M w_n / (p n): M says which
+    positive answer beats which negative one, w which answers are used. The other method uses
+    1 - w, so the difference of the two is (w_p M 1 + 1 M w_n - 1 M 1) / (p n): linear in w.
+    """
+    count = len(ours.labels)
+    values, changes = [], []
+    for (mine, positive), (theirs, _) in zip(
+        one_against_rest(ours), one_against_rest(reference), strict=True
+    ):
+        pairs = positive.sum() * (~positive).sum()
+        if pairs == 0:
+            continue
+        score = np.concatenate([ranks(mine), ranks(theirs)])
+        label = np.concatenate([positive, positive])
+        beats = np.where(label, 1, -1) * _place(score, score[~label], score[label], label)
+        beats = beats + np.where(label, 0, label.sum())  # a negative: how many positives beat it
+        values.append((beats[:count].sum() - beats[label].sum()) / pairs)
+        changes.append((beats[count:] - beats[:count]) / pairs)
+    if not values:
+        return float("nan"), np.full(count, np.nan)
+    return float(np.mean(values)), np.mean(changes, axis=0)
+
+
+def ranks(scores: np.ndarray) -> np.ndarray:
+    """Mid-ranks over their number, so in (0, 1] as probabilities are."""
+    return pd.Series(scores).rank(pct=True).to_numpy()
+
+
+def _place(
+    score: np.ndarray, negative: np.ndarray, positive: np.ndarray, label: np.ndarray
+) -> np.ndarray:
+    """How many answers of the other side lie below each answer, ties as one half."""
+
+    def below(others: np.ndarray) -> np.ndarray:
+        others = np.sort(others)
+        sides = [np.searchsorted(others, score, side) for side in ("left", "right")]
+        return np.mean(sides, axis=0)
+
+    return np.where(label, below(negative), below(positive))
+
+
+def p_value(observed: float, permuted: np.ndarray) -> float:
+    """Two-sided: (b + 1) / (m + 1) with b permutations at least as far from 0."""
+    far = np.abs(permuted) >= abs(observed) - 1e-12  # equal up to the order of summation
+    return float((far.sum() + 1) / (len(permuted) + 1))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down adjustment over a family of tests, by name."""
+    adjusted, largest = {}, 0.0
+    ordered = sorted(p_values, key=lambda name: p_values[name])
+    for rank, name in enumerate(ordered):
+        largest = max(largest, min(1.0, (len(ordered) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval; resamples without a value (a class absent) are left out."""
+    values = values[~np.isnan(values)]
+    if values.size == 0:
+        return (float("nan"), float("nan"))
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def centred_interval(
+    values: np.ndarray, estimate: float, bounds: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float]:
+    """95 % interval of a biased metric or its difference: `interval` of resamples moved back.
+
+    A sum of distances (or of the overlap of two histograms) over bins is biased: noise in a bin
+    adds distance, whatever its sign, so resamples, noisier than the images, lie to one side of
+    the estimate. They are moved by their bias, mean(values) - estimate (Efron and Tibshirani 1993,
+    ch. 10), and cut to `bounds`. So the interval is about the shown metric, at this number of
+    images, and contains it. The basic interval and Efron's bias-corrected percentiles do not: both
+    exclude the estimate where the percentile interval does. Against the error at infinitely many
+    images, the ECE of a well calibrated method is itself too large, and no such interval covers
+    that.
+    """
+    low, high = np.clip(interval(values - np.nanmean(values) + estimate), *bounds)
+    return float(low), float(high)
+
+
+def mean_over_seeds(seeds: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Every metric's mean."""
+    return {name: np.mean([metrics[name] for metrics in seeds], axis=0) for name in seeds[0]}
+
+
+def chunked(
+    function: Callable[[np.ndarray], dict[str, np.ndarray]], rows: np.ndarray
+) -> dict[str, np.ndarray]:
+    """A function of some rows at once, applied to all."""
+    parts = [function(rows[i : i + CHUNK]) for i in range(0, len(rows), CHUNK)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _members(count: int, groups: np.ndarray | None) -> tuple[int, np.ndarray]:
+    """Number of groups, and each image's; without groups every image is its own.
+
+    Numbered as they first appear: images and what is made of each, in the same order and grouped
+    by it, are then drawn alike.
+    """
+    if groups is None:
+        return count, np.arange(count)
+    member, names = pd.factorize(groups)
+    return len(names), member
