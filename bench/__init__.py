@@ -1,9 +1,9 @@
 """The benchmark harness.
 
-    import bench
+import bench
 
-    run = bench.run(["main"], recipe="pocket", datasets=["breastmnist"], seeds=[0, 1])
-    run.tables["main"]  # a DataFrame
+run = bench.run(["main"], recipe="pocket", datasets=["breastmnist"], seeds=[0, 1])
+run.tables["main"]  # a DataFrame
 """
 
 from typing import TYPE_CHECKING, Any

@@ -109,9 +109,7 @@ def run(
 
     from bench.api import make_plan, run_plan
 
-    plan = make_plan(
-        *chosen, data, roots, split_names(datasets), numbers, limit, allowed, out
-    )
+    plan = make_plan(*chosen, data, roots, split_names(datasets), numbers, limit, allowed, out)
     done = run_plan(plan, wanted, fresh=fresh, leave_out=all_suites, note=_note)
     if done.tables:
         from bench.commands.show import main_table
@@ -178,8 +176,9 @@ def show(
 @clean
 def print_recipe(name: Annotated[str, typer.Argument(help="A recipe; see `list`.")]) -> None:
     """Print a recipe as TOML, to start a file for `run --recipe FILE.toml` from."""
-    from vitask.recipes import RECIPES
     from vitask.settings import to_toml
+
+    from vitask.recipes import RECIPES
 
     check_known("recipe", name, RECIPES)
     typer.echo(to_toml(RECIPES[name]), nl=False)
@@ -307,9 +306,7 @@ def compare(
         if not frames:
             raise ValueError(f"no run of suite {suite!r} in {out}; run it first, or give --out")
     for title, frame in frames.items():
-        shown = comparison.chosen(
-            frame, suite_of(suite), split_names(metric), split_names(dataset)
-        )
+        shown = comparison.chosen(frame, suite_of(suite), split_names(metric), split_names(dataset))
         frames[title] = shown
         typer.echo(f"{title}\n{frame_text(shown)}")
     if csv is not None:

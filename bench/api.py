@@ -78,9 +78,7 @@ def run(
         recipe, settings or {}, data, data_root, datasets, seeds, limit, allow_unverified, out
     )
     wanted = list(SUITES) if suites == ALL else list(dict.fromkeys(suites))
-    return run_plan(
-        plan, wanted, fresh=fresh, leave_out=suites == ALL, command=command, note=note
-    )
+    return run_plan(plan, wanted, fresh=fresh, leave_out=suites == ALL, command=command, note=note)
 
 
 def make_plan(

@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from vitask.recipes import Recipe, vanilla
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from bench.runs.work import Work
     from bench.stats.items import Items, Values
     from vitask.data.spec import Dataset
-    from vitask.recipes import Recipe
     from vitask.score import Prediction
 
 Names = tuple[str, ...]
@@ -117,7 +118,7 @@ class Training:
     """
 
     name: str
-    recipe: "Recipe"
+    recipe: Recipe
     kind: Literal["tsm", "vlm"] = "vlm"
     share: float = 1.0
     exemplar: Literal["tsm", "constant"] = "tsm"
@@ -157,9 +158,9 @@ class Suite:
     libraries: Names = ()  # what it alone computes with: their versions enter keys and records
     scorings: float = 1.0  # passes over the test images that one method takes
 
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
+    def models(self, recipe: Recipe) -> dict[str, Training]:
         """What is trained, by a name of the suite's choice."""
-        raise NotImplementedError
+        return tsm_vanilla_vitask(recipe)
 
     def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
         """Every wanted method as soon as it is scored."""
@@ -193,9 +194,7 @@ class Suite:
         """The suite's own metrics of its items, (k,) each; weights (k, n)."""
         return {name: weights @ array / weights.sum(1) for name, array in values.items()}
 
-    def sections(
-        self, records: "Sequence[Record]", answers: "Answers"
-    ) -> list[tuple[str, str]]:
+    def sections(self, records: "Sequence[Record]", answers: "Answers") -> list[tuple[str, str]]:
         """Further parts of the page: (title, Markdown)."""
         return []
 
@@ -231,15 +230,27 @@ class Suite:
         return other
 
 
+KINDS = {  # what the four methods of most suites are
+    "tsm": "the task-specific model",
+    "vanilla": "the VLM tuned by instructions alone (Van)",
+    "vitask_without_ep": "VITask without the exemplar",
+    "vitask_with_ep": "VITask with the exemplar",
+}
+BOTH_WAYS = ("vitask_without_ep", "vitask_with_ep")
+
+
+def four_methods(against: str | None = "vanilla") -> tuple[Method, ...]:
+    """The four methods of most suites; all but the reference are compared with it."""
+    return tuple(Method(n, text, None if n == against else against) for n, text in KINDS.items())
+
+
 def pick(*names: str) -> tuple[Metric, ...]:
     """Some of the standard metrics, in this order."""
     return tuple(next(metric for metric in STANDARD if metric.name == name) for name in names)
 
 
-def tsm_vanilla_vitask(recipe: "Recipe") -> dict[str, Training]:
+def tsm_vanilla_vitask(recipe: Recipe) -> dict[str, Training]:
     """The three models of most suites."""
-    from vitask.recipes import vanilla
-
     return {
         "tsm": Training("tsm", recipe, kind="tsm"),
         "vanilla": Training("vanilla", vanilla(recipe)),

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ TOP_LEVEL = {
     "leaderboards",
     "tests",
     "vitask",
+    "docs",
+    "CONTRIBUTING.md",
     "LICENSE",
     "README.md",
     "constraints.txt",
@@ -43,6 +46,84 @@ def test_imports_point_one_way(file):
     own = file.split("/")[0]
     beyond = set(PACKAGES[PACKAGES.index(own) + 1 :]) | {"tests"}
     assert not imports(TREES[file]) & beyond
+
+
+# The wings of bench: each imports only itself and what stands left of it.
+WINGS = ("errors", "suite", "stats", "runs", "suites", "report", "machine", "api", "commands", "")
+
+
+def wing(path: str) -> str:
+    """bench/runs/plan.py -> runs; bench/__main__.py and bench/__init__.py -> the empty name."""
+    first = path.split("/")[1].removesuffix(".py")
+    return first if first in WINGS else ""
+
+
+def modules_imported(tree: ast.AST) -> set[str]:
+    """Full names of all imported modules of bench, types included."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] == "bench"}
+
+
+def executed(tree: ast.AST) -> ast.AST:
+    """Without what is imported for the type checker alone."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    return tree
+
+
+@pytest.mark.parametrize("file", [f for f in TREES if f.startswith("bench/")])
+def test_wings_import_no_wing_above_them(file):
+    own = WINGS.index(wing(file))
+    tree = executed(ast.parse((ROOT / file).read_text()))
+    found = {name.split(".")[1] for name in modules_imported(tree)} & set(WINGS)
+    assert {name for name in found if WINGS.index(name) > own} == set()
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    files = {path.removesuffix(".py").replace("/", "."): path for path in TREES}
+    graph = {}
+    for module, path in files.items():
+        tree = executed(ast.parse((ROOT / path).read_text()))
+        used = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names} & set(files)
+                used |= inner or {node.module} & set(files)
+        graph[module] = used - {module}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("file", [f for f in TREES if f.startswith("bench/")])
+def test_suites_are_not_probed_for_optional_names(file):
+    """`getattr(x, name, default)` on a suite: its class has the defaults."""
+    tree = TREES[file]
+    probes = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("getattr", "hasattr")
+        and (node.func.id == "hasattr" or len(node.args) == 3)
+    ]
+    assert probes == []
+
+
+@pytest.mark.parametrize("file", TREES)
+def test_functions_fit_a_screen_or_two(file):
+    if "triton.jit" in (ROOT / file).read_text():
+        pytest.skip("Triton kernels are one function each")
+    lengths = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(TREES[file])
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > 100} == {}
 
 
 @pytest.mark.parametrize("file", [f for f in TREES if f.startswith("kernels/")])

@@ -101,7 +101,9 @@ def chosen(
         known = frame[column].unique().tolist()
         for name in wanted:
             if name not in known:
-                raise ValueError(f"no {column} {name!r} in these runs; they have {', '.join(known)}")
+                raise ValueError(
+                    f"no {column} {name!r} in these runs; they have {', '.join(known)}"
+                )
     frame = frame[frame["metric"].isin(metrics or default)]
     return frame[frame["dataset"].isin(datasets)] if datasets else frame
 
@@ -137,9 +139,7 @@ def _taken(sample: Samples, ids: np.ndarray) -> Samples:
     rows = np.array([place[one] for one in ids.tolist()])
     given = sample.prediction
     written = None if given.generated is None else [given.generated[row] for row in rows]
-    prediction = replace(
-        given, log_probability=given.log_probability[rows], generated=written
-    )
+    prediction = replace(given, log_probability=given.log_probability[rows], generated=written)
     groups = None if sample.groups is None else sample.groups[rows]
     return Samples(sample.ids[rows], sample.labels[rows], groups, prediction)
 

@@ -43,17 +43,17 @@ def download(
 def check(
     data: Annotated[str, typer.Option(help="phantom | medmnist")] = "medmnist",
     data_root: Roots = None,
-    datasets: Annotated[str, typer.Option(help="a,b,...; default: what lies in the roots.")] = "",
+    datasets: Annotated[str, typer.Option(help="a,b,...; default: all in the data roots.")] = "",
     size: Annotated[int, typer.Option(help="Pixels of the source images.")] = 28,
     allow_unverified: Unverified = "",
 ) -> None:
-    """Check files, and report images in two parts and conflicting labels; exit 1 on bad files."""
+    """Check files; report duplicates over splits and conflicting labels; exit 1 on bad files."""
     from vitask.data import SOURCES, load, spec
     from vitask.data.check import duplicates
 
     check_known("data source", data, SOURCES)
     roots = data_folders(data_root)
-    names = split_names(datasets) or _there(data, roots, size)
+    names = split_names(datasets) or _present(data, roots, size)
     must_resolve(
         lambda: [spec(name, roots=roots) for name in (*names, *split_names(allow_unverified))]
     )
@@ -71,18 +71,18 @@ def check(
             bad += 1
             typer.echo(f"{name}: {error}", err=True)
             continue
-        parts = " / ".join(str(len(split)) for split in found.splits.values())
+        sizes = " / ".join(str(len(split)) for split in found.splits.values())
         note = "" if found.md5_ok else ", NOT the official file"
         face = "PHANTOM " if found.source == "phantom" else ""
-        typer.echo(f"{face}{name}: {parts} images, MD5 {found.md5}{note}")
+        typer.echo(f"{face}{name}: {sizes} images, MD5 {found.md5}{note}")
         for line in duplicates(found).lines():
             typer.echo(f"  {line}")
     if bad:
         raise typer.Exit(FAILED)
 
 
-def _there(source: str, roots: Sequence[Path], size: int) -> tuple[str, ...]:
-    """The datasets that lie in the roots, or all phantoms; ValueError if there are none."""
+def _present(source: str, roots: Sequence[Path], size: int) -> tuple[str, ...]:
+    """The datasets in the roots, or all phantoms; ValueError if there are none."""
     from vitask.data import card, medmnist, names
 
     if source == "phantom":

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-MEMORY_GIB = 6  # what `run --all` with the embedded recipe may take
+from packaging.requirements import Requirement
+
+from bench.errors import ROOT
+
+MEMORY_GIB = 6  # that `run --all` with the embedded recipe may take
 PROJECT = "vitask"
 HUB_DISTRIBUTION = "kernels"  # our package of that name is part of the distribution "vitask"
 
@@ -29,10 +33,6 @@ def examine(roots: Sequence[Path]) -> list[Finding]:
 
 def _versions() -> list[Finding]:
     """Installed versions against the ranges of the project's own metadata."""
-    from packaging.requirements import Requirement
-
-from bench.errors import ROOT
-
     found = []
     try:
         needed = [Requirement(text) for text in requires(PROJECT) or []]
@@ -59,7 +59,7 @@ def _hub() -> Finding:
     found = _installed(HUB_DISTRIBUTION)
     if found is None:
         return Finding("hub package kernels", "not installed, as it should be", True)
-    text = f"{found} is installed; it cannot stand beside this project: pip uninstall kernels"
+    text = f"{found} is installed and shadows ours: pip uninstall kernels"
     return Finding("hub package kernels", text, False)
 
 
@@ -104,4 +104,4 @@ def _root(root: Path) -> Finding:
     if not root.is_dir():
         return Finding(f"data root {root}", "no such folder", False)
     files = sorted(path.name for path in root.glob("*.npz"))
-    return Finding(f"data root {root}", ", ".join(files) or "no .npz file in it", bool(files))
+    return Finding(f"data root {root}", ", ".join(files) or "no .npz file", bool(files))

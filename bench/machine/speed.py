@@ -24,7 +24,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.runs.memory import MIB
 
-
 FLUSHED = 256 * MIB  # bytes written before a measurement on CUDA: more than any L2 cache
 ROUNDS = (5, 30)  # at least, at most
 BUDGET_SECONDS = 6.0  # of all variants of one comparison, once the least rounds are done

@@ -48,7 +48,9 @@ def page(
         hardware=_distinct(_listed(record.hardware) for record in records),
         seeds=sorted({record.seed for record in records}),
         references=references,
-        train_images=max((card["images"]["train"] for card in first.trained_on.values()), default=0),
+        train_images=max(
+            (card["images"]["train"] for card in first.trained_on.values()), default=0
+        ),
         intervals=bool(frame["ci_low"].notna().any()),
         scored=bool((frame["metric"] == "macro_f1").any()),
         tables=[(title, table) for title, table in [*tables, *sections] if table],

@@ -4,7 +4,7 @@ Equal ingredients give equal results; where they differ, `keys.changes` names th
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,7 @@ def ids_of(dataset: Dataset, splits: Sequence[str]) -> list[str]:
     return found
 
 
-def _of(
-    modules: Mapping[str, str], recipe: Recipe, versions: Mapping[str, str]
-) -> dict[str, Any]:
+def _of(modules: Mapping[str, str], recipe: Recipe, versions: Mapping[str, str]) -> dict[str, Any]:
     known = {one.name for one in fields(Recipe)} - NEVER
     read, values = fields_read(modules, known), asdict(recipe)
     return (

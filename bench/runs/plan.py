@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vitask.data.subset import subset
+
 from bench.runs import ingredients as of
 from bench.runs.environment import versions
 from bench.runs.records import Record
@@ -16,7 +18,6 @@ from bench.suite import Suite, suite
 from vitask.data import load
 from vitask.data.check import torn_groups
 from vitask.data.spec import Dataset
-from vitask.data.subset import subset
 from vitask.prompts import instruction
 from vitask.recipes import Recipe
 

@@ -113,11 +113,7 @@ def find(folder: Path, set_key: str, record: Path, key: str) -> Path | None:
             continue
         found = Record.read(path)
         samples = samples_path(place, found.name)
-        if (
-            found.key == key
-            and samples.is_file()
-            and file_sha256(samples) == found.samples_sha256
-        ):
+        if found.key == key and samples.is_file() and file_sha256(samples) == found.samples_sha256:
             return place
     return None
 
@@ -207,7 +203,7 @@ def what_fresh_deletes(folder: Path, suites: Sequence[str]) -> list[Path]:
     for suite in suites:
         places = [folder, *folder.glob(f"{UNFINISHED}/*"), *folder.glob(f"{SUPERSEDED}/*")]
         for place in places:
-            for name in (entry := read_manifest(place).get(suite)) and entry.records or ():
+            for name in ((entry := read_manifest(place).get(suite)) and entry.records) or ():
                 found += [record_path(place, name), samples_path(place, name)]
                 found += place.glob(f"{OFFICIAL}/*@{name}.csv")
         found += [folder / f"{suite}.csv", folder / f"{suite}.md"]
@@ -247,9 +243,9 @@ def collect(source: Path, target: Path, note: Callable[[str], None]) -> list[str
             note(f"{suite}: the set shown so far is superseded: {'; '.join(changed[:5])}")
         place = target / UNFINISHED / entry.key
         for record in records[suite]:
-            if record_path(target, record.name).is_file():
-                if Record.read(record_path(target, record.name)).key == record.key:
-                    continue
+            known = record_path(target, record.name)
+            if known.is_file() and Record.read(known).key == record.key:
+                continue
             for path in (samples_path, record_path):
                 copy = path(place, record.name)
                 copy.parent.mkdir(parents=True, exist_ok=True)

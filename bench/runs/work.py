@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bench.runs.ingredients import data_of, ids_of, model_ingredients
+from bench.runs.ingredients import ids_of, model_ingredients
 from bench.runs.keys import key
 from bench.runs.models import kept
 from bench.suite import Outcome, Training

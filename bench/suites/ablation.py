@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bench.suite import Method, Outcome, Published, Suite, Training
+from vitask.recipes import Recipe, vanilla
 
 if TYPE_CHECKING:
     from bench.runs.work import Work
-    from vitask.recipes import Recipe
 
 ANSWERS = {  # model -> the methods it answers as: without, with the exemplar
     "vanilla": ("vanilla", ""),
@@ -24,10 +24,8 @@ ANSWERS = {  # model -> the methods it answers as: without, with the exemplar
 }
 
 
-def ablated(recipe: "Recipe") -> dict[str, Training]:
+def ablated(recipe: Recipe) -> dict[str, Training]:
     """VITask with and without each of its losses."""
-    from vitask.recipes import vanilla
-
     plain = vanilla(recipe)
     rda = replace(recipe, crt_weight=0.0)
     recipes = {
@@ -64,7 +62,7 @@ class Ablation(Suite):
         "images differ from those above: do not compare number by number.",
     )
 
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
+    def models(self, recipe: Recipe) -> dict[str, Training]:
         return {"tsm": Training("tsm", recipe, kind="tsm"), **ablated(recipe)}
 
     def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:

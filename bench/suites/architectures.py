@@ -12,10 +12,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bench.suite import Method, Outcome, Suite, Training
+from vitask.recipes import Recipe
 
 if TYPE_CHECKING:
     from bench.runs.work import Work
-    from vitask.recipes import Recipe
 
 LARGE = 224  # pixels of the task-specific model's input from which models of usual size are used
 TSMS = {  # what it is, timm's name of a small one, timm's name of a large one
@@ -54,7 +54,7 @@ class Architectures(Suite):
         for use, how in USES.items()
     )
 
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
+    def models(self, recipe: Recipe) -> dict[str, Training]:
         found = {}
         for name, names in TSMS.items():
             timm_name = names[2] if recipe.tsm_image_size >= LARGE else names[1]

@@ -18,10 +18,10 @@ import numpy as np
 
 from bench.suite import Method, Outcome, Suite, Training
 from bench.suites.ablation import ablated
+from vitask.recipes import Recipe
 
 if TYPE_CHECKING:
     from bench.runs.work import Tuned, Work
-    from vitask.recipes import Recipe
     from vitask.tsm import TSM
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of contrastive decoding; weights of the ensemble
@@ -61,7 +61,7 @@ class Baselines(Suite):
         Method("vitask_with_ep", "VITask with the exemplar", "ensemble"),
     )
 
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
+    def models(self, recipe: Recipe) -> dict[str, Training]:
         models = ablated(recipe)
         plain, ep = models["vanilla"].recipe, models["ep"]
         longer = replace(  # two forwards a step in stage 1, three in stage 2

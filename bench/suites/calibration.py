@@ -11,25 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.suite import Method, Outcome, Suite, Training, pick, tsm_vanilla_vitask
+from bench.suite import KINDS, Method, Outcome, Suite, four_methods, pick
+from vitask.calibration import at_temperature, candidate_of, confidence, fit_temperature
 
 if TYPE_CHECKING:
     from bench.report.answers import Answers
     from bench.runs.records import Record
     from bench.runs.work import Work
     from vitask.data.spec import Dataset
-    from vitask.recipes import Recipe
     from vitask.score import Prediction
 
-KINDS = {
-    "tsm": "the task-specific model",
-    "vanilla": "Van alone",
-    "vitask_without_ep": "VITask without the exemplar",
-    "vitask_with_ep": "VITask with the exemplar",
-}
 SCALED = "_scaled"
 COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the validation split that are answered
-LOG_TEMPERATURES = (-3.0, 3.0)
 TITLE = (
     "Accuracy on the answered test images, its 95 % interval at these thresholds, and the share "
     "that is answered; averaged over datasets and seeds"
@@ -41,16 +34,13 @@ class Calibration(Suite):
     name = "calibration"
     question = "Can the probabilities be trusted, and does abstaining help?"
     methods = (
-        *(Method(kind, text) for kind, text in KINDS.items()),
+        *four_methods(against=None),
         *(
             Method(f"{kind}{SCALED}", f"{text}, temperature scaled", against=kind)
             for kind, text in KINDS.items()
         ),
     )
     metrics = pick("ece", "macro_f1", "accuracy")
-
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
-        return tsm_vanilla_vitask(recipe)
 
     def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
@@ -71,9 +61,7 @@ class Calibration(Suite):
                 )
             yield from _outcomes(work, kind, val, test, wanted, note)
 
-    def sections(
-        self, records: "Sequence[Record]", answers: "Answers"
-    ) -> list[tuple[str, str]]:
+    def sections(self, records: "Sequence[Record]", answers: "Answers") -> list[tuple[str, str]]:
         """Accuracy on the answered images, by the share of the validation split answered."""
         from bench.stats.resampling import interval
 
@@ -127,8 +115,8 @@ def _outcomes(
     for name, dataset in work.evaluated.items():
         members = work.tasks[name].candidates.members
         val, test = vals[name], tests[name]
-        temperatures[name] = fit(val, dataset, members)
-        scaled.append(replace(test, log_probability=at(test, temperatures[name])))
+        temperatures[name] = fit_temperature(val, dataset, members)
+        scaled.append(replace(test, log_probability=at_temperature(test, temperatures[name])))
         curves[name] = abstention(rounded(val), rounded(test), dataset, members)
     if kind in wanted:
         yield work.outcome(kind, list(tests.values()), note)
@@ -136,43 +124,6 @@ def _outcomes(
         outcome = work.outcome(f"{kind}{SCALED}", scaled, note)
         own = {"temperature": temperatures, "abstention": curves}
         yield replace(outcome, extras=outcome.extras | own)
-
-
-def at(prediction: "Prediction", temperature: float) -> np.ndarray:
-    """Log-probabilities at a temperature; of single labels by their logits."""
-    log_p = prediction.log_probability
-    if prediction.kind == "candidates":
-        return log_p / temperature
-    logits = log_p - np.log1p(-np.exp(np.minimum(log_p, -1e-12)))
-    return -np.logaddexp(0, -logits / temperature)
-
-
-def fit(val: "Prediction", dataset: "Dataset", members: np.ndarray) -> float:
-    """The temperature that maximises the likelihood of the validation split."""
-    from scipy.optimize import minimize_scalar
-
-    truth = dataset.splits["val"].labels
-
-    def loss(log_temperature: float) -> float:
-        log_p = at(val, float(np.exp(log_temperature)))
-        if val.kind == "labels":
-            absent = np.log1p(-np.exp(np.minimum(log_p, -1e-12)))
-            return -float(np.where(truth == 1, log_p, absent).mean())
-        log_p = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
-        answer = _answer(truth, members)
-        known = answer >= 0  # a label set that is not a candidate has no likelihood
-        return -float(log_p[known, answer[known]].mean()) if known.any() else 0.0
-
-    found = minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded")
-    return round(float(np.exp(found.x)), 6)
-
-
-def _answer(labels: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """The candidate that states the labels, -1 for none."""
-    if labels.ndim == 1:
-        return labels
-    known = {row.tobytes(): number for number, row in enumerate(members)}
-    return np.array([known.get(row.astype(bool).tobytes(), -1) for row in labels])
 
 
 def abstention(
@@ -190,20 +141,11 @@ def abstention(
     return found
 
 
-def confidence(prediction: "Prediction") -> np.ndarray:
-    """Log-probability of the given answer, (images,)."""
-    log_p = prediction.log_probability
-    if prediction.kind == "labels":
-        absent = np.log1p(-np.exp(np.minimum(log_p, -1e-12)))
-        return np.maximum(log_p, absent).sum(1)
-    return log_p.max(1) - np.logaddexp.reduce(log_p, axis=1)
-
-
 def _right(prediction: "Prediction", labels: np.ndarray, members: np.ndarray) -> np.ndarray:
     log_p = prediction.log_probability
     if prediction.kind == "labels":
         return ((log_p > np.log(0.5)) == (labels == 1)).all(1)
-    return log_p.argmax(1) == _answer(labels, members)
+    return log_p.argmax(1) == candidate_of(labels, members)
 
 
 def _drawn_accuracies(

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.runs import corruption as medmnist_c
-from bench.suite import Method, Metric, Outcome, Suite, Training, pick, tsm_vanilla_vitask
+from bench.suite import Metric, Outcome, Suite, four_methods, pick
+from vitask.data import corruption as medmnist_c
 
 if TYPE_CHECKING:
     from bench.report.answers import Answers
@@ -23,11 +23,17 @@ if TYPE_CHECKING:
     from bench.runs.records import Record
     from bench.runs.work import TrainedTSM, Tuned, Work
     from vitask.data.spec import Dataset
-    from vitask.recipes import Recipe
     from vitask.score import Prediction
 
 MARK = "+"  # between a dataset's name and its corruption's
-BY_SEVERITY = "Balanced accuracy by severity, mean over corruptions and seeds, and its 95 % interval"
+LOST = (
+    ("lost", "Balanced accuracy lost against the clean images"),
+    ("be", "MedMNIST-C's balanced error relative to AlexNet's"),
+    ("rbe", "MedMNIST-C's relative balanced error"),
+)
+BY_SEVERITY = (
+    "Balanced accuracy by severity, mean over corruptions and seeds, and its 95 % interval"
+)
 
 
 def base_of(dataset: str) -> str:
@@ -37,29 +43,10 @@ def base_of(dataset: str) -> str:
 class Corruptions(Suite):
     name = "corruptions"
     question = "MedMNIST-C: how well do the models answer corrupted images?"
-    methods = (
-        Method("tsm", "the task-specific model", "vanilla"),
-        Method("vanilla", "Van alone"),
-        Method("vitask_without_ep", "VITask without the exemplar", "vanilla"),
-        Method("vitask_with_ep", "VITask with the exemplar", "vanilla"),
-    )
+    methods = four_methods()
     metrics = (
         *pick("macro_f1", "balanced_accuracy"),
-        Metric(
-            "lost",
-            "Balanced accuracy lost against the clean images (lower is better)",
-            lower_is_better=True,
-        ),
-        Metric(
-            "be",
-            "MedMNIST-C's balanced error relative to AlexNet's (lower is better)",
-            lower_is_better=True,
-        ),
-        Metric(
-            "rbe",
-            "MedMNIST-C's relative balanced error (lower is better)",
-            lower_is_better=True,
-        ),
+        *(Metric(name, f"{title} (lower is better)", lower_is_better=True) for name, title in LOST),
     )
     libraries = ("medmnistc", "opencv-python-headless", "scikit-image", "wand")
 
@@ -89,9 +76,6 @@ class Corruptions(Suite):
                 found[own.spec.name] = own
         return found
 
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
-        return tsm_vanilla_vitask(recipe)
-
     def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         tsm = work.tsm(models["tsm"])
@@ -112,9 +96,7 @@ class Corruptions(Suite):
             extras = {"changed": changed, "unavailable": lacking, "severities": steps}
             yield replace(outcome, extras=extras, values=values)
 
-    def sections(
-        self, records: "Sequence[Record]", answers: "Answers"
-    ) -> list[tuple[str, str]]:
+    def sections(self, records: "Sequence[Record]", answers: "Answers") -> list[tuple[str, str]]:
         """By severity, and which corruptions or errors are missing."""
         first = records[0]
         lines = ["| dataset | method | clean | 1 | 2 | 3 | 4 | 5 |", "|---" * 8 + "|"]

@@ -12,14 +12,13 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bench.suite import Method, Metric, Outcome, Suite, Training, tsm_vanilla_vitask
+from bench.suite import Metric, Outcome, Suite, four_methods
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from bench.runs.work import Tuned, Work
-    from vitask.recipes import Recipe
 
 MEASURED = ("training_seconds", "training_peak_mib", "images_per_second")
 ROUNDS = 5
@@ -30,12 +29,7 @@ Answer = Callable[["np.ndarray"], Any]
 class Cost(Suite):
     name = "cost"
     question = "What does each method cost in parameters, time and memory?"
-    methods = (
-        Method("tsm", "the task-specific model"),
-        Method("vanilla", "the VLM tuned with Van alone"),
-        Method("vitask_without_ep", "VITask without the exemplar"),
-        Method("vitask_with_ep", "VITask with the exemplar"),
-    )
+    methods = four_methods(against=None)
     metrics = (
         Metric("parameters_trained", "Parameters that are trained"),
         Metric("parameters_total", "Parameters that an answer needs"),
@@ -44,9 +38,6 @@ class Cost(Suite):
         Metric("images_per_second", "Images per second, from pixels to class scores"),
     )
     scorings = 0.0  # no test split is scored
-
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
-        return tsm_vanilla_vitask(recipe)
 
     def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
@@ -74,9 +65,7 @@ class Cost(Suite):
             values["training_peak_mib"] = max(note["peak_mib"] for note in notes[method])
             values["images_per_second"] = rates[method]
             extras = {"changed": notes[method][0]["changed"]}
-            yield Outcome(
-                method, [], extras, values={"all datasets": values}, measured=MEASURED
-            )
+            yield Outcome(method, [], extras, values={"all datasets": values}, measured=MEASURED)
 
 
 def _parameters(model: Any, tsm: "torch.nn.Module", *, exemplar: bool) -> dict[str, float]:

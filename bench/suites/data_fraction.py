@@ -7,21 +7,16 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bench.suite import Method, Outcome, Suite, Training, tsm_vanilla_vitask
 from vitask.data.subset import subset
+
+from bench.suite import KINDS, Method, Outcome, Suite, Training, tsm_vanilla_vitask
+from vitask.recipes import Recipe
 
 if TYPE_CHECKING:
     from bench.runs.work import Work
     from vitask.data.spec import Dataset
-    from vitask.recipes import Recipe
 
 PERCENT = (1, 10, 100)
-KINDS = {
-    "tsm": "the task-specific model",
-    "vanilla": "Van alone",
-    "vitask_without_ep": "VITask without the exemplar",
-    "vitask_with_ep": "VITask with the exemplar",
-}
 
 
 class DataFraction(Suite):
@@ -37,7 +32,7 @@ class DataFraction(Suite):
         for kind, text in KINDS.items()
     )
 
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
+    def models(self, recipe: Recipe) -> dict[str, Training]:
         return {
             f"{kind}_{percent}": replace(
                 training,

@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bench.suite import Chart, Method, Outcome, Published, Suite, Training
+from vitask.recipes import Recipe, vanilla
 
 if TYPE_CHECKING:
     from bench.runs.work import Work
-    from vitask.recipes import Recipe
 
 Names = tuple[str, ...]
 TSM_SIDE = 128  # pixels
@@ -27,7 +27,7 @@ class Exemplars(Suite):
     methods = (
         Method("tsm", "the task-specific model", "vlm"),
         Method("vlm", "the VLM tuned by instructions alone (Van)"),
-        Method("vlm_vision", "the same, its vision encoder and connector trained too (VLM*)", "vlm"),
+        Method("vlm_vision", "the same, vision encoder and connector trained too (VLM*)", "vlm"),
         Method("ep_cls", "EP with one token, with the exemplar", "vlm"),
         Method("ep_all", "EP with every patch token, with the exemplar", "vlm"),
         Method("ep_rep", "patch tokens in place of the VLM's image tokens", "vlm"),
@@ -47,16 +47,15 @@ class Exemplars(Suite):
                 return (name,)
         return study[:1]
 
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
-        from vitask.recipes import vanilla
-
+    def models(self, recipe: Recipe) -> dict[str, Training]:
         recipe = replace(recipe, tsm_image_size=max(recipe.tsm_image_size, TSM_SIDE))
         plain, rda = vanilla(recipe), replace(recipe, crt_weight=0.0)
         ep = replace(rda, rda_weight=0.0)
+        vision = replace(plain, trained="vision", step="three")
         return {
             "tsm": Training("tsm", recipe, kind="tsm"),
             "vlm": Training("vanilla", plain),
-            "vlm_vision": Training("vanilla_vision", replace(plain, trained="vision", step="three")),
+            "vlm_vision": Training("vanilla_vision", vision),
             "ep_cls": Training("ep", replace(ep, variant="cls")),
             "ep_all": Training("ep_all", replace(ep, variant="all")),
             "ep_rep": Training("ep_rep", replace(ep, variant="rep")),

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.suite import (
+    BOTH_WAYS,
     Method,
     Metric,
     Outcome,
     Published,
     Suite,
     Training,
+    four_methods,
     pick,
-    tsm_vanilla_vitask,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from bench.stats.items import Values
     from vitask.checkpoint import VITask
     from vitask.data.spec import Dataset
-    from vitask.recipes import Recipe
     from vitask.score import Prediction
 
 Names = tuple[str, ...]
@@ -39,23 +39,12 @@ class External(Suite):
     name = "external"
     question = "The paper's table 3: how do the models answer images of other clinics?"
     methods = (
-        Method("tsm", "the task-specific model, trained on RetinaMNIST", "vanilla"),
-        Method("vanilla", "Van alone"),
-        Method("vitask_without_ep", "VITask without the exemplar", "vanilla"),
-        Method("vitask_with_ep", "VITask with the exemplar", "vanilla"),
-        Method(
-            "vitask_plug",
-            "VITask with a task-specific model of the external set plugged in",
-            "vanilla",
-        ),
+        *four_methods(),
+        Method("vitask_plug", "VITask with a TSM of the external set plugged in", "vanilla"),
     )
     metrics = (
         *pick("macro_f1", "accuracy", "auc", "qwk"),
-        Metric(
-            "referable_auc",
-            "AUC of referable retinopathy (grade 2 or more)",
-            ranks=("probability",),
-        ),
+        Metric("referable_auc", "AUC of grade 2 or more (referable)", ranks=("probability",)),
     )
     published = Published(
         "vitask_table3_external.csv",
@@ -78,14 +67,13 @@ class External(Suite):
 
     def evaluated(self, plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
         """The external sets in the data roots."""
-        from vitask.data import external
         from vitask.data.subset import subset
+
+        from vitask.data import external
 
         size, retina, found = plan.recipe.source_size, datasets[TRAINED].spec, {}
         for name in external.names(plan.source, plan.roots):
-            dataset = external.load(
-                name, retina, source=plan.source, roots=plan.roots, size=size
-            )
+            dataset = external.load(name, retina, source=plan.source, roots=plan.roots, size=size)
             limit = plan.limit
             found[name] = subset(dataset, train=limit, val=limit, test=limit)
         return found
@@ -97,9 +85,6 @@ class External(Suite):
         truth = values["referable"] == 1
         return {"referable_auc": binary_auc(values["probability"], truth, weights.T)}
 
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
-        return tsm_vanilla_vitask(recipe)
-
     def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         tsm = work.tsm(models["tsm"])
@@ -110,11 +95,10 @@ class External(Suite):
             vanilla = work.tuned(models["vanilla"])
             outcome = work.outcome("vanilla", work.predict(vanilla.model), vanilla.note)
             yield _with_referable(work, outcome)
-        pair = ("vitask_without_ep", "vitask_with_ep")
-        if not {"vitask_plug", *pair} & set(wanted):
+        if not {"vitask_plug", *BOTH_WAYS} & set(wanted):
             return
         vitask = work.tuned(models["vitask"], tsm)
-        for outcome in work.both_ways(vitask, pair, wanted):
+        for outcome in work.both_ways(vitask, BOTH_WAYS, wanted):
             yield _with_referable(work, outcome)
         if "vitask_plug" in wanted:
             predictions, logs = _plugged(work, vitask.model, models["tsm"])

@@ -15,10 +15,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bench.suite import Chart, Method, Outcome, Published, Suite, Training, tsm_vanilla_vitask
+from vitask.recipes import Recipe
 
 if TYPE_CHECKING:
     from bench.runs.work import Work
-    from vitask.recipes import Recipe
 
 Names = tuple[str, ...]
 TRAINED = "no_list_trained"
@@ -66,7 +66,7 @@ class Instructions(Suite):
         """All datasets of the recipe, not the study's few."""
         return whole
 
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
+    def models(self, recipe: Recipe) -> dict[str, Training]:
         models = tsm_vanilla_vitask(recipe)
         for name in ("vanilla", "vitask"):
             no_list = replace(models[name].recipe, instruction="no_list")

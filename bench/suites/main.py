@@ -4,11 +4,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bench.suite import Method, Outcome, Published, Suite, Training, tsm_vanilla_vitask
+from bench.suite import BOTH_WAYS, Method, Outcome, Published, Suite, four_methods
 
 if TYPE_CHECKING:
     from bench.runs.work import Work
-    from vitask.recipes import Recipe
 
 
 class Main(Suite):
@@ -17,12 +16,9 @@ class Main(Suite):
     study = False
     methods = (
         Method("majority", "the training split's class frequencies for every image", "vanilla"),
-        Method("linear_probe", "logistic regression on the VLM's frozen vision features", "vanilla"),
+        Method("linear_probe", "logistic regression on the VLM's vision features", "vanilla"),
         Method("untuned", "the VLM before tuning", "vanilla"),
-        Method("tsm", "the task-specific model", "vanilla"),
-        Method("vanilla", "the VLM tuned by instructions alone (Van)"),
-        Method("vitask_without_ep", "VITask without the task-specific model", "vanilla"),
-        Method("vitask_with_ep", "VITask with the exemplar in its prompt", "vanilla"),
+        *four_methods(),
     )
     published = Published(
         "vitask_table1.csv",
@@ -34,11 +30,8 @@ class Main(Suite):
         "is 0.499 there and 0.531 in the paper's figure 4.",
     )
 
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
-        return tsm_vanilla_vitask(recipe)
-
     def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
-        from bench.runs.baselines import linear_probe, majority
+        from vitask.baselines import linear_probe, majority
         from vitask.features import Features
 
         models = self.models(work.recipe)
@@ -52,16 +45,15 @@ class Main(Suite):
         if "untuned" in wanted:
             outcome = work.outcome("untuned", work.predict(work.untuned))
             yield replace(outcome, extras={"self_check": self_check})
-        paired = ("vitask_without_ep", "vitask_with_ep")
-        if {"tsm", *paired} & set(wanted):
+        if {"tsm", *BOTH_WAYS} & set(wanted):
             tsm = work.tsm(models["tsm"])
         if "tsm" in wanted:
             yield work.outcome("tsm", work.classify(tsm.model), tsm.note)
         if "vanilla" in wanted:
             vanilla = work.tuned(models["vanilla"])
             yield work.outcome("vanilla", work.predict(vanilla.model), vanilla.note)
-        if {*paired} & set(wanted):
-            yield from work.both_ways(work.tuned(models["vitask"], tsm), paired, wanted)
+        if {*BOTH_WAYS} & set(wanted):
+            yield from work.both_ways(work.tuned(models["vitask"], tsm), BOTH_WAYS, wanted)
 
 
 SUITE = Main()

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.suite import Chart, Method, Metric, Outcome, Suite, Training
+from vitask.recipes import Recipe, vanilla
 
 if TYPE_CHECKING:
     from bench.runs.work import Work
     from bench.stats.items import Items, Values
     from vitask.checkpoint import VITask
-    from vitask.recipes import Recipe
 
 BINS = 50
 
@@ -44,9 +44,7 @@ class Ranking(Suite):
     )
     charts = (Chart("ranking.svg", "densities", "Mean token probability of the true response"),)
 
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
-        from vitask.recipes import vanilla
-
+    def models(self, recipe: Recipe) -> dict[str, Training]:
         plain = vanilla(recipe)
         crt = replace(plain, crt_weight=recipe.crt_weight)
         return {"vanilla": Training("vanilla", plain), "crt": Training("crt", crt)}

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.suite import Method, Metric, Outcome, Suite, Training, tsm_vanilla_vitask
+from bench.suite import Method, Metric, Outcome, Suite
 
 if TYPE_CHECKING:
     from bench.runs.plan import Plan
     from bench.runs.work import Work
     from bench.stats.items import Values
-    from vitask.recipes import Recipe
 
 PICTURES, SEED = 400, 777  # held out from all pictures that the VLM was trained on
 
@@ -46,9 +45,6 @@ class Retention(Suite):
     def measured(self, values: "Values", weights: np.ndarray) -> dict[str, np.ndarray]:
         """The share of right answers among the pictures that the kind is asked about."""
         return {"accuracy": weights @ values["right"] / (weights @ values["asked"])}
-
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
-        return tsm_vanilla_vitask(recipe)
 
     def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
         from bench.stats.items import Items

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bench.suite import Method, Outcome, Suite, Training
+from vitask.recipes import Recipe
 
 if TYPE_CHECKING:
     from bench.runs.work import Work
-    from vitask.recipes import Recipe
 
 WEIGHTS = (0.3, 1.0, 3.0)  # factors of the recipe's alpha and beta, about 3 apart
 WITH = "_with_ep"
@@ -37,7 +37,7 @@ class Sensitivity(Suite):
         for name, text in SETTINGS.items()
     )
 
-    def models(self, recipe: "Recipe") -> dict[str, Training]:
+    def models(self, recipe: Recipe) -> dict[str, Training]:
         recipes = {"default": recipe}
         for name, (a, b) in GRID.items():
             recipes[name] = replace(

@@ -2,41 +2,43 @@
 
 import time
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from bench.suite import Context, Outcome
-
-METHODS = {
-    "majority": "the training part's class frequencies",
-    "vanilla": "nearest class mean of the pixels, which it also writes",
-    "noisy": "the same with noise by seed; every tenth answer is no answer",
-}
-REFERENCE = "vanilla"
-PUBLISHED = None
-PUBLISHED_NOTE = ""
+from vitask.baselines import majority
+from bench.runs.work import Work
+from bench.suite import Method, Outcome, Suite, Training
+from vitask.prompts import candidates
+from vitask.recipes import Recipe
+from vitask.score import Prediction
 
 
-def units(recipe: object) -> float:
-    return float(len(METHODS))
+class Cheap(Suite):
+    name = "cheap"
+    question = "Do runs work?"
+    study = False
+    methods = (
+        Method("majority", "the training split's class frequencies", "vanilla"),
+        Method("vanilla", "nearest class mean of the pixels, which it also writes"),
+        Method("noisy", "the same with noise by seed; every tenth answer is invalid", "vanilla"),
+    )
+
+    def models(self, recipe: Recipe) -> dict[str, Training]:
+        return {}
+
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
+        for number, method in enumerate(m.name for m in self.methods):
+            if method in wanted:
+                time.sleep(0.05)
+                rng = np.random.default_rng([work.seed, number])
+                done = [_predict(method, work, name, rng) for name in work.evaluated]
+                extras = {"validation": {"mean": [0.25, 0.5 + work.seed]}}
+                yield replace(work.outcome(method, done), extras=extras)
 
 
-def run(context: Context, seed: int, wanted: Collection[str]) -> Iterator[Outcome]:
-    for number, method in enumerate(METHODS):
-        if method in wanted:
-            time.sleep(0.05)
-            rng = np.random.default_rng([seed, number])
-            done = [_predict(method, context, name, rng) for name in context.evaluated]
-            context.progress.advance(1.0, f"{method}, seed {seed}")
-            yield Outcome(method, done, {"validation": {"mean": [0.25, 0.5 + seed]}})
-
-
-def _predict(method: str, context: Context, name: str, rng: np.random.Generator):
-    from bench.runs.baselines import majority
-    from vitask.prompts import candidates
-    from vitask.score import Prediction
-
-    dataset = context.evaluated[name]
+def _predict(method: str, work: Work, name: str, rng: np.random.Generator) -> Prediction:
+    dataset = work.evaluated[name]
     if method == "majority":
         return majority({name: dataset})[0]
     train, test = dataset.splits["train"], dataset.splits["test"]
@@ -54,3 +56,6 @@ def _predict(method: str, context: Context, name: str, rng: np.random.Generator)
     if method == "noisy":
         written[::10] = ["I cannot say"] * len(written[::10])
     return Prediction(name, "candidates", log_p.astype(np.float64), written)
+
+
+SUITE = Cheap()

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.stats.metrics import Scored, scored
 from bench.runs.plan import Plan
+from bench.stats.metrics import Scored, scored
 from bench.suite import SUITES
 from vitask.data.spec import TASKS, DatasetSpec
 from vitask.prompts import candidates
@@ -82,14 +82,10 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """The suite `cheap` on three small phantoms: majority, pixels, and a method that writes."""
     monkeypatch.syspath_prepend(HERE)
     monkeypatch.setitem(SUITES, "cheap", "cheap_suite")
-    recipe = replace(
-        POCKET,
-        name="tiny",
-        phantom_datasets=("chestmnist", "retinamnist", "breastmnist"),
-        phantom_samples=(40, 10, 30),
-    )
+    names = ("chestmnist", "retinamnist", "breastmnist")
+    phantom = replace(POCKET.sources["phantom"], datasets=names, samples=(40, 10, 30))
+    recipe = replace(POCKET, name="tiny", sources=POCKET.sources | {"phantom": phantom})
     monkeypatch.setitem(RECIPES, "tiny", recipe)
     monkeypatch.setattr(sys, "argv", ["bench", "run", "cheap", "--recipe", "tiny"])
-    names = recipe.phantom_datasets
     out = tmp_path / "out"
     return Plan(recipe=recipe, source="phantom", names=names, out=out, seeds=(0,))

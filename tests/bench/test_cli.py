@@ -320,7 +320,7 @@ def test_sixteen_bit_images_are_scaled_and_not_cut_off(tmp_path):
 
 
 def test_a_training_part_of_one_class_is_named():
-    from bench.runs.baselines import linear_probe
+    from vitask.baselines import linear_probe
     from vitask.data import load, subset
     from vitask.features import Features
 

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from bench import corruption
-from bench.runs.corruption import SEVERITIES, corrupted, listed, missing, relative_errors, split_listed
+from vitask.data.corruption import (
+    SEVERITIES,
+    corrupted,
+    listed,
+    missing,
+    relative_errors,
+    split_listed,
+)
 from vitask.data import load
 from vitask.data.medmnist import NAMES, spec
 

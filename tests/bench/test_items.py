@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from bench import items as own
 from bench import stats
+from bench.report.table import _average, _Cell, _resample_items, _resample_lost
 from bench.stats.items import Items, means, points
 from bench.stats.metrics import scored
 from bench.stats.resampling import bootstrap_weights, swaps
 from bench.suite import corruptions, external, ranking
-from bench.report.table import _average, _Cell, _resample_items, _resample_lost
 from vitask.data import load
 from vitask.score import Prediction
 

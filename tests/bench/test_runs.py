@@ -1,4 +1,4 @@
-"""A run from start to table: interrupted, continued, finished, verified."""
+"""A run from start to table: killed, continued, finished, verified, added to."""
 
 import io
 import json
@@ -14,27 +14,29 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from bench import runs, table
-from bench.commands.compare import compare
-from bench.report.official import write_official
+from bench.api import run_plan
+from bench.commands.compare import chosen, compare_methods, compare_runs
+from bench.commands.verify import differences
 from bench.report.page import page
-from bench.runs.plan import Job, plan_of, specs_of
+from bench.report.table import COLUMNS
+from bench.runs import sets
+from bench.runs.files import file_sha256
+from bench.runs.job import run_job
+from bench.runs.plan import Job, plan_of
 from bench.runs.progress import Progress
 from bench.runs.records import Record
-from bench.report.table import COLUMNS
-from bench.commands.verify import differences
+from bench.suite import Method, suite
 
 
 def complete(plan, **how):
     """All that `python -m bench run cheap` does."""
-    job = Job.of("cheap", plan)
-    with runs.locked(plan.folder), Progress(3.0 * len(plan.seeds)) as progress:
-        records = runs.run_suite(
-            job, plan.folder, progress, command="python -m bench run cheap", **how
-        )
-        table.write(plan.folder, records, specs_of(records[0]))
-        write_official(plan.folder, records)
-    return records
+    done = run_plan(plan, ["cheap"], command="python -m bench run cheap", **how)
+    assert done.failed == {}
+    return done
+
+
+def records_of(plan):
+    return sets.read_records(plan.folder, "cheap")
 
 
 def contents(folder):
@@ -56,11 +58,12 @@ def changed_at(folder):
 
 @pytest.fixture
 def finished(plan):
-    return plan, complete(plan)
+    complete(plan)
+    return plan, records_of(plan)
 
 
 def problems(plan):
-    return differences(plan.folder, runs.read_records(plan.folder, "cheap"), plan.datasets())
+    return differences(plan.folder, records_of(plan), plan.datasets())
 
 
 def test_table(finished):
@@ -80,9 +83,11 @@ def test_table(finished):
         if not np.isnan(row.ci_low):
             assert row.ci_low <= row.ci_high
     reference = frame[frame.method == "vanilla"]
-    assert reference[["diff_to_vanilla", "p_holm", "sd"]].isna().all().all()
+    assert reference[["reference", "difference", "p", "p_images", "sd"]].isna().all().all()
     other = frame[(frame.method == "noisy") & frame.metric.isin(["auc", "gen_accuracy", "qwk"])]
-    assert other.p_holm.between(0, 1).all()
+    assert other.p.between(0, 1).all()
+    assert other.p.equals(other.p_images)
+    assert set(other.reference) == {"vanilla"}
     assert len(other) == 4 + 4 + 1  # qwk: the ordinal dataset alone, and in no average
     assert frame[frame.metric == "gen_invalid"].method.unique().tolist() == ["vanilla", "noisy"]
     assert not frame[frame.metric.str.startswith("gen_")].primary.any()
@@ -126,95 +131,211 @@ def test_killed_at_five_moments_and_continued_gives_the_same_files(plan, tmp_pat
     assert contents(again.folder) == expected
 
 
-def test_an_unfinished_run_continues(finished, monkeypatch):
+def test_a_run_continues_where_it_was_killed(finished):
+    """One record is lost: that one alone is computed again."""
     plan, records = finished
-    before = changed_at(plan.folder)
-    manifest = runs.read_manifest(plan.folder)
-    manifest["cheap"]["finished"] = False
-    (plan.folder / "run.json").write_text(json.dumps(manifest))
+    before, files = changed_at(plan.folder), contents(plan.folder)
     lost = records[1].name
     (plan.folder / "records" / f"{lost}.json").unlink()
-    complete(plan)
+    assert complete(plan).computed == {"cheap": 1}
     after = changed_at(plan.folder)
     assert [name for name in after if after[name] != before[name]] == [f"{lost}.json"]
-    assert runs.read_manifest(plan.folder)["cheap"]["finished"]
-
-
-def test_a_stopped_command_keeps_the_suites_that_it_had_finished(finished):
-    """As after a kill in a later suite, or while the tables were written."""
-    from bench.__main__ import _run
-
-    plan, _ = finished
-    before, files = changed_at(plan.folder), contents(plan.folder)
-    runs.note_unfinished(plan.folder, {"cheap": runs.run_key(Job.of("cheap", plan))})
-    (plan.folder / "cheap.csv").unlink()
-    assert _run(["cheap"], plan, resume=False, fresh=False) == {}
-    assert changed_at(plan.folder) == before
-    assert set(contents(plan.folder)) == set(files)
-    assert runs.unfinished(plan.folder) == {}
-    assert _run(["cheap"], plan, resume=False, fresh=False) == {}
-    assert changed_at(plan.folder) != before
-
-
-def test_fresh_throws_away_the_named_suites_alone(finished):
-    plan, records = finished
-    manifest = runs.read_manifest(plan.folder)
-    other = plan.folder / "records" / "other-x-seed0.json"
-    other.write_text("{}")
-    (plan.folder / "run.json").write_text(json.dumps(manifest | {"other": manifest["cheap"]}))
-    runs.start_over(plan.folder, ["cheap"])
-    assert other.is_file()
-    assert not (plan.folder / "records" / f"{records[0].name}.json").exists()
-    assert list(runs.read_manifest(plan.folder)) == ["other"]
-
-
-def test_strangers_among_the_files_are_named(finished):
-    from bench.commands.verify import strays
-
-    plan, _ = finished
-    assert strays(plan.folder) == []
-    (plan.folder / "samples" / "cheap-noisy-seed7.parquet").write_bytes(b"")
-    assert strays(plan.folder) == ["samples/cheap-noisy-seed7.parquet belongs to no run"]
-    (plan.folder / "run.json").write_text("{}")
-    assert "names no run" in strays(plan.folder)[0]
-
-
-def test_a_finished_run_is_computed_again_unless_resumed(finished):
-    plan, _ = finished
-    before, files = changed_at(plan.folder), contents(plan.folder)
-    complete(plan, resume=True)
-    assert changed_at(plan.folder) == before
-    complete(plan)
-    assert all(time != before[name] for name, time in changed_at(plan.folder).items())
     assert contents(plan.folder) == files
 
 
-def test_resume_takes_nothing_of_another_key(finished):
+def test_the_same_command_again_computes_nothing_and_says_so(finished, capsys):
+    plan, _ = finished
+    before, files = changed_at(plan.folder), contents(plan.folder)
+    assert complete(plan).computed == {"cheap": 0}
+    assert "cheap: nothing to compute, 3 records found" in capsys.readouterr().err
+    assert changed_at(plan.folder) == before
+    assert contents(plan.folder) == files
+
+
+def test_other_seeds_are_added(finished, tmp_path):
+    """In any order: the folder is that of one command with all seeds."""
     plan, _ = finished
     before = changed_at(plan.folder)
+    assert complete(replace(plan, seeds=(2,))).computed == {"cheap": 3}
+    after = changed_at(plan.folder)
+    assert {name: after[name] for name in before} == before
+    assert set(pd.read_csv(plan.folder / "cheap.csv").seeds) == {"0;2"}
+    assert problems(plan) == []
+    other = replace(plan, out=tmp_path / "other", seeds=(0, 2))
+    complete(other)
+    assert contents(other.folder) == contents(plan.folder)
+    assert complete(replace(plan, seeds=(0,))).computed == {"cheap": 0}
+    assert set(pd.read_csv(plan.folder / "cheap.csv").seeds) == {"0;2"}
+
+
+def test_other_ingredients_supersede_and_come_back(finished, monkeypatch, capsys):
+    """Nothing is lost or mixed, and the message names the ingredient that differs."""
+    plan, records = finished
+    complete(replace(plan, seeds=(1,)))
+    files = contents(plan.folder)
     other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5))
-    records = complete(other, resume=True)
-    assert all(time != before[name] for name, time in changed_at(plan.folder).items())
-    assert {r.recipe["weight_decay"] for r in records} == {0.5}
+    assert other.folder == plan.folder
+    assert complete(other).computed == {"cheap": 3}
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "recipe.weight_decay 0.01 → 0.5" in said
+    assert "superseded/" in said
+    older = plan.folder / "superseded" / Job.of(suite("cheap"), plan).key
+    assert sorted(p.stem for p in (older / "records").iterdir()) == sorted(
+        name.replace("seed0", f"seed{seed}")
+        for name in (r.name for r in records)
+        for seed in (0, 1)
+    )
+    assert set(pd.read_csv(plan.folder / "cheap.csv").seeds) == {"0"}
+    assert {r.recipe["weight_decay"] for r in records_of(plan)} == {0.5}
+    assert problems(plan) == []
+    assert differences(older, sets.read_records(older, "cheap"), plan.datasets()) == []
+    assert complete(plan).computed == {"cheap": 0}  # the first ones are found again
+    shown = {name: content for name, content in contents(plan.folder).items()
+             if not name.startswith("superseded/")}  # fmt: skip
+    assert shown == files
+    assert complete(other).computed == {"cheap": 0}
+
+
+@pytest.mark.parametrize("moves", range(0, 14, 3))
+def test_a_move_that_is_killed_goes_on(finished, monkeypatch, moves):
+    plan, _ = finished
+    other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5), seeds=(0, 1))
+    real, left = os.replace, [moves]
+
+    def dying(source, target):
+        if "records" in str(target) or "samples" in str(target):
+            if left[0] == 0 and ".part" not in str(source):
+                raise KeyboardInterrupt
+            left[0] -= ".part" not in str(source)
+        real(source, target)
+
+    monkeypatch.setattr("bench.runs.sets.os.replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(other, ["cheap"])
+    monkeypatch.undo()
+    with sets.locked(plan.folder):
+        pass
+    assert {r.recipe["weight_decay"] for r in records_of(plan)} == {0.5}
+    assert sets.strays(plan.folder) == []
+    assert not (plan.folder / "unfinished").exists()
+    older = plan.folder / "superseded" / Job.of(suite("cheap"), plan).key
+    assert len(sets.read_records(older, "cheap")) == 3
+
+
+def test_an_unfinished_set_is_not_shown(finished, monkeypatch):
+    """The older whole one stays, in its tables too."""
+    plan, _ = finished
+    files = contents(plan.folder)
+    of = suite("cheap")
+    whole = of.run
+
+    def broken(work, wanted):
+        yield next(whole(work, wanted))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(of, "run", broken)
+    other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5))
+    assert "out of memory" in run_plan(other, ["cheap"]).failed["cheap"]
+    shown = {name: content for name, content in contents(plan.folder).items()
+             if not name.startswith("unfinished/")}  # fmt: skip
+    assert shown == files
+    monkeypatch.undo()
+    monkeypatch.setattr("sys.argv", ["bench"])
+    assert run_plan(other, ["cheap"]).computed == {"cheap": 2}
+
+
+def test_fresh_deletes_the_named_suites_alone_and_names_what(finished, capsys):
+    plan, records = finished
+    manifest = sets.read_manifest(plan.folder)
+    other = plan.folder / "records" / "other-x-seed0.json"
+    other.write_text("{}")
+    entry = replace(manifest["cheap"], records=["other-x-seed0"])
+    sets.write_manifest(plan.folder, manifest | {"other": entry})
+    before = changed_at(plan.folder)
+    assert complete(plan, fresh=True).computed == {"cheap": 3}
+    said = capsys.readouterr().err
+    for record in records:
+        assert f"--fresh deletes {plan.folder}/records/{record.name}.json" in said
+    assert other.is_file()
+    assert changed_at(plan.folder)[other.name] == before[other.name]
+    assert set(sets.read_manifest(plan.folder)) == {"cheap", "other"}
+
+
+def test_hidden_files_that_are_not_ours_stay(finished):
+    plan, _ = finished
+    ours = [plan.folder / ".cheap.csv.part", plan.folder / "records" / ".x.json.part"]
+    for path in (*ours, plan.folder / ".gitignore"):
+        path.touch()
+    (plan.folder / ".git").mkdir()
+    (plan.folder / ".git" / "HEAD").touch()
+    with sets.locked(plan.folder):
+        pass
+    assert not any(path.exists() for path in ours)
+    assert (plan.folder / ".git" / "HEAD").is_file()
+    assert (plan.folder / ".gitignore").is_file()
+
+
+def test_collect_merges_seeds_from_other_folders(finished, tmp_path):
+    """As if one command had run them all; a damaged file is refused, and nothing is copied."""
+    plan, _ = finished
+    elsewhere = replace(plan, out=tmp_path / "elsewhere", seeds=(1, 2))
+    complete(elsewhere)
+    target = tmp_path / "target" / plan.folder.name
+    for source in (plan.folder, elsewhere.folder):
+        with sets.locked(target):
+            assert sets.collect(source, target, print) == ["cheap"]
+    assert [r.seed for r in sets.read_records(target, "cheap")] == [0] * 3 + [1] * 3 + [2] * 3
+    assert sets.strays(target) == []
+    path = elsewhere.folder / "samples" / "cheap-noisy-seed1.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    fresh = tmp_path / "fresh" / plan.folder.name
+    with sets.locked(fresh), pytest.raises(ValueError, match="cheap-noisy-seed1.*SHA-256"):
+        sets.collect(elsewhere.folder, fresh, print)
+    assert list(fresh.iterdir()) == []
+
+
+def test_strangers_among_the_files_are_named(finished):
+    plan, _ = finished
+    assert sets.strays(plan.folder) == []
+    (plan.folder / "samples" / "cheap-noisy-seed7.parquet").write_bytes(b"")
+    assert sets.strays(plan.folder) == ["samples/cheap-noisy-seed7.parquet belongs to no run"]
+    (plan.folder / "run.json").write_text("{}")
+    assert "names no run" in sets.strays(plan.folder)[0]
 
 
 def test_a_damaged_sample_file_is_made_again(finished):
     plan, records = finished
     (plan.folder / "samples" / f"{records[0].name}.parquet").write_bytes(b"")
-    complete(plan, resume=True)
+    assert complete(plan).computed == {"cheap": 1}
     assert problems(plan) == []
 
 
 def test_one_process_at_a_time(plan):
     with (
-        runs.locked(plan.folder),
+        sets.locked(plan.folder),
         pytest.raises(ValueError, match="another run is writing"),
-        runs.locked(plan.folder),
+        sets.locked(plan.folder),
     ):
         pass
-    with runs.locked(plan.folder):
+    with sets.locked(plan.folder):
         pass
     assert list(plan.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b'{"cheap": ', b"\xff\xfe{", b"[]", b'{"cheap": 3}'])
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run.json is not a run's manifest.*put it back"):
+        sets.read_manifest(tmp_path)
+
+
+def test_a_manifest_of_an_older_format_is_read(finished):
+    """Its sets name no ingredients; their tables are rendered all the same."""
+    plan, _ = finished
+    entry = {"key": "0" * 16, "command": "python -m bench run cheap", "finished": True}
+    entry["records"] = [r.name for r in records_of(plan)]
+    (plan.folder / "run.json").write_text(json.dumps({"cheap": entry}))
+    assert problems(plan) == []
 
 
 def test_folder_names(plan):
@@ -225,7 +346,7 @@ def test_folder_names(plan):
     assert replace(plan, names=tuple(reversed(plan.names))).folder == plan.folder
 
 
-def test_limit_holds_for_every_part(plan):
+def test_limit_holds_for_every_split(plan):
     found = replace(plan, limit=9).datasets()
     assert {len(split) for d in found.values() for split in d.splits.values()} == {9}
 
@@ -236,8 +357,7 @@ def test_record_survives_its_file(finished):
     again = Record.read(path)
     assert again.text() == path.read_text()
     assert again.measured["sha256"] == again.digest()
-    specs = specs_of(again)
-    assert specs == {name: d.spec for name, d in plan.datasets().items()}
+    assert again.specs == {name: d.spec for name, d in plan.datasets().items()}
     assert plan_of(again, roots=(), allow_unverified=(), folder=plan.folder) == plan
 
 
@@ -283,7 +403,7 @@ def test_verify_sees_a_forged_sample_file(finished):
     columns["label"][0] = [1 - v for v in columns["label"][0]]
     pq.write_table(rows.from_pydict(columns, schema=rows.schema), path)
     record = Record.read(plan.folder / "records" / f"{records[0].name}.json")
-    record.samples_sha256 = runs.file_sha256(path)
+    record.samples_sha256 = file_sha256(path)
     record.write(plan.folder)
     assert "label(s) differ" in problems(plan)[0]
 
@@ -295,10 +415,10 @@ def test_verify_sees_a_forged_metric(finished):
     assert "0.99 in the record" in problems(plan)[0]
 
 
-def test_sets_of_the_same_images_are_drawn_as_one(plan, monkeypatch):
-    """Two more names for the same images add nothing to what is known."""
+def test_datasets_of_the_same_images_are_drawn_as_one(plan, monkeypatch):
+    """Two more names for the same images add no information."""
     plan = replace(plan, names=("breastmnist",))
-    cheap = Job.of("cheap", plan).module
+    of = suite("cheap")
 
     def evaluated(plan, datasets):
         (dataset,) = datasets.values()
@@ -307,12 +427,13 @@ def test_sets_of_the_same_images_are_drawn_as_one(plan, monkeypatch):
             for name in ("breastmnist", "breastmnist+a", "breastmnist+b")
         }
 
-    monkeypatch.setattr(cheap, "METHODS", dict.fromkeys(("majority", "vanilla"), "one"))
-    monkeypatch.setattr(cheap, "evaluated", evaluated, raising=False)
-    monkeypatch.setattr(cheap, "images_of", lambda name: name.split("+")[0], raising=False)
+    methods = (Method("majority", "one", "vanilla"), Method("vanilla", "one"))
+    monkeypatch.setattr(of, "methods", methods)
+    monkeypatch.setattr(of, "evaluated", evaluated)
+    monkeypatch.setattr(of, "images_of", lambda name: name.split("+")[0])
     complete(plan)
     frame = pd.read_csv(plan.folder / "cheap.csv").set_index(["dataset", "method", "metric"])
-    columns = ["mean", "ci_low", "ci_high", "diff_low", "diff_high", "n_test"]
+    columns = ["mean", "ci_low", "ci_high", "difference_low", "difference_high", "n_test"]
     for metric in ("accuracy", "macro_f1"):
         one, average = (frame.loc[n, "majority", metric] for n in ("breastmnist", "average"))
         assert one[columns].tolist() == pytest.approx(average[columns].tolist(), nan_ok=True)
@@ -320,39 +441,41 @@ def test_sets_of_the_same_images_are_drawn_as_one(plan, monkeypatch):
     assert "Fewer than 500 test images: breastmnist. Read" in (plan.folder / "cheap.md").read_text()
 
 
-def test_another_source_of_the_suite_is_another_key(plan, monkeypatch, tmp_path):
-    job = Job.of("cheap", plan)
-    before = runs.record_keys(job)
-    (tmp_path / "other.py").write_text("METHODS = {}")
-    monkeypatch.setattr(job.module, "__file__", str(tmp_path / "other.py"))
-    after = runs.record_keys(job)
-    assert before.keys() == after.keys()
-    assert not set(before.values()) & set(after.values())
+def test_time_left_follows_the_work_done_now():
+    clock, text = iter((0.0, 20.0, 80.0, 80.0)), io.StringIO()
+    progress = Progress(100.0, Console(file=text, width=20), clock=lambda: next(clock))
+    progress.skip(80.0, "found")
+    progress.advance(10.0, "computed")
+    assert " 50%  1:20 elapsed, about 1:20 left  computed\n" in text.getvalue()  # not wrapped
 
 
-def test_time_left_follows_what_was_worked_not_what_was_there(monkeypatch):
-    clock, text = iter((0.0, 20.0, 80.0)), io.StringIO()
-    monkeypatch.setattr("bench.progress.time.monotonic", lambda: next(clock))
-    progress = Progress(100.0, Console(file=text, width=100))
-    progress.skip(80.0, "there already")
-    progress.advance(10.0, "worked")
-    assert "50%  1:20 passed, about 1:20 left  worked" in text.getvalue()
+def test_piped_progress_prints_a_line_in_ten_seconds_and_one_for_each_model():
+    text, now = io.StringIO(), [0.0]
+    progress = Progress(100.0, Console(file=text, width=80), clock=lambda: now[0])
+    for second in range(25):
+        now[0] = float(second)
+        progress.advance(1.0, f"epoch {second}", finished=second == 15)
+    assert [line.rpartition("  ")[2] for line in text.getvalue().splitlines()] == [
+        "epoch 0", "epoch 10", "epoch 15",
+    ]  # fmt: skip
 
 
 def test_a_suite_that_fails_leaves_nothing_to_wait_for(plan, monkeypatch):
     """Neither the rest of its seed nor its other seeds."""
-    job, text = Job.of("cheap", replace(plan, seeds=(0, 1))), io.StringIO()
-    whole = job.module.run
+    job, text = Job.of(suite("cheap"), replace(plan, seeds=(0, 1))), io.StringIO()
+    whole = job.suite.run
 
-    def broken(*asked):
-        yield next(whole(*asked))
+    def broken(work, wanted):
+        yield next(whole(work, wanted))
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(job.module, "run", broken)
-    progress = Progress(6.0 + 1.0, Console(file=text, width=100))  # and a suite of one unit
+    monkeypatch.setattr(job.suite, "run", broken)
+    one = job.units / 3  # of three methods
+    progress = Progress(6 * one + one, Console(file=text))  # and another suite of one unit
     with pytest.raises(RuntimeError, match="out of memory"):
-        runs.run_suite(job, plan.folder, progress, command="python -m bench run cheap")
-    assert text.getvalue().splitlines()[-1].startswith(" 50%")  # one unit is done, one is left
+        run_job(job, plan.folder, progress, command="python -m bench run cheap")
+    assert progress.seconds_left() is not None
+    assert progress._done / progress._units == pytest.approx(0.5)  # one is done, one is left
 
 
 def test_the_page_names_all_that_produced_it(finished):
@@ -367,7 +490,8 @@ def test_the_page_names_all_that_produced_it(finished):
         )
         for record in records
     ]
-    text = page(pd.read_csv(plan.folder / "cheap.csv"), [*records, *again], plan.folder)
+    frame = pd.read_csv(plan.folder / "cheap.csv")
+    text = page(frame, [*records, *again], suite("cheap"))
     lines = text[text.index("## What produced this") :].splitlines()
     first, other = records[0], again[0]
     for what, values in {
@@ -380,32 +504,73 @@ def test_the_page_names_all_that_produced_it(finished):
     threads = [line for line in lines if line.startswith("- hardware:")]
     assert len(threads) == 2
     assert "threads 64," in threads[1]
-    assert "**" not in text[text.index("Nothing is set in bold") : text.index("## What produced")]
+    assert (
+        "**"
+        not in text[text.index("The best values are not bolded") : text.index("## What produced")]
+    )
 
 
 def test_torn_groups_are_refused(plan, monkeypatch):
     dataset = plan.datasets()["breastmnist"]
     torn = {
-        part: replace(split, groups=np.array([f"patient {i}" for i in range(len(split))]))
-        for part, split in dataset.splits.items()
+        name: replace(split, groups=np.array([f"patient {i}" for i in range(len(split))]))
+        for name, split in dataset.splits.items()
     }
-    monkeypatch.setattr("bench.plan.load", lambda *_, **__: replace(dataset, splits=torn))
-    with pytest.raises(ValueError, match=r"breastmnist: 30 group\(s\) have images in two parts"):
+    monkeypatch.setattr("bench.runs.plan.load", lambda *_, **__: replace(dataset, splits=torn))
+    with pytest.raises(ValueError, match=r"breastmnist: 30 group\(s\) have images in two splits"):
         replace(plan, names=("breastmnist",)).datasets()
 
 
 def test_two_methods_compare_as_the_table_does(finished):
-    plan, records = finished
+    plan, _ = finished
     table = pd.read_csv(plan.folder / "cheap.csv")
-    found = compare(plan.folder, records, "noisy", "vanilla")
+    found = compare_methods(plan.folder, "cheap", "noisy", "vanilla")
     for row in found.itertuples():
         same = (table.dataset == row.dataset) & (table.metric == row.metric)
         theirs = table[same & (table.method == "noisy")].iloc[0]
-        assert row.difference == pytest.approx(theirs.diff_to_vanilla, abs=1e-6)
-        assert found["p (Holm)"][row.Index] == pytest.approx(theirs.p_holm, abs=1e-6)
-    turned = compare(plan.folder, records, "vanilla", "noisy")
-    assert turned.difference.to_numpy() == pytest.approx(-found.difference.to_numpy())
+        assert row.difference == pytest.approx(theirs.difference, abs=1e-6, nan_ok=True)
+        assert row.p == pytest.approx(theirs.p, abs=1e-6, nan_ok=True)
+    turned = compare_methods(plan.folder, "cheap", "vanilla", "noisy")
+    difference = found.difference.to_numpy()
+    assert turned.difference.to_numpy() == pytest.approx(-difference, nan_ok=True)
     with pytest.raises(ValueError, match=r"no method 'nosy'; did you mean noisy"):
-        compare(plan.folder, records, "nosy", "vanilla")
+        compare_methods(plan.folder, "cheap", "nosy", "vanilla")
     with pytest.raises(ValueError, match="twice"):
-        compare(plan.folder, records, "noisy", "noisy")
+        compare_methods(plan.folder, "cheap", "noisy", "noisy")
+    some = chosen(found, suite("cheap"), ["auc"], ["breastmnist"])
+    assert some[["dataset", "metric"]].to_numpy().tolist() == [["breastmnist", "auc"]]
+    with pytest.raises(ValueError, match="no metric 'aux'"):
+        chosen(found, suite("cheap"), ["aux"], [])
+
+
+def test_two_runs_compare_on_the_images_that_they_share(finished, tmp_path):
+    plan, _ = finished
+    other = replace(plan, out=tmp_path / "other", limit=20, seeds=(0, 1))
+    complete(other)
+    folders = (plan.folder, other.folder)
+    found, notes = compare_runs(folders, "cheap", "noisy")
+    assert notes[0] == "shared seeds: 0"
+    assert "breastmnist: 20 shared test images" in notes
+    assert set(found.dataset) == {*plan.names, "average"}
+    columns = [str(folder) for folder in folders]
+    assert found.difference.to_numpy() == pytest.approx(
+        (found[columns[0]] - found[columns[1]]).to_numpy(), nan_ok=True
+    )
+    same, _ = compare_runs((plan.folder, plan.folder / ".." / plan.folder.name), "cheap", "noisy")
+    assert (same.difference.dropna() == 0).all()
+    (other.folder / "run.json").unlink()
+    with pytest.raises(ValueError, match="no run of suite 'cheap'"):
+        compare_runs(folders, "cheap", "noisy")
+
+
+def test_runs_whose_test_labels_differ_are_not_compared(finished, tmp_path):
+    plan, records = finished
+    other = replace(plan, out=tmp_path / "other")
+    complete(other)
+    path = other.folder / "samples" / "cheap-noisy-seed0.parquet"
+    rows = pq.read_table(path)
+    columns = rows.to_pydict()
+    columns["label"][0] = [1 - v for v in columns["label"][0]]
+    pq.write_table(rows.from_pydict(columns, schema=rows.schema), path)
+    with pytest.raises(ValueError, match="different labels; the runs are of different data"):
+        compare_runs((plan.folder, other.folder), "cheap", "noisy")

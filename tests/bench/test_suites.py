@@ -11,12 +11,12 @@ import pytest
 import timm
 
 from bench import runs, table
+from bench.commands.verify import differences
+from bench.report.table import COLUMNS
 from bench.runs.plan import Job, Plan, plan_of, sized, specs_of
 from bench.runs.progress import Scaled
 from bench.runs.records import record_name
 from bench.suite import MACHINE_SUITES, SUITES, lacking, machine_suite, reference_of, suite
-from bench.report.table import COLUMNS
-from bench.commands.verify import differences
 from vitask.recipes import POCKET, RECIPES, Study
 from vitask.tsm import TSM, Head
 

@@ -14,8 +14,8 @@ import torch
 
 from bench.runs.models import kept
 from bench.runs.plan import Plan, sized
-from bench.suite import Context, suite
 from bench.runs.work import Work
+from bench.suite import Context, suite
 from vitask.recipes import POCKET, Study
 
 ROOT = Path(__file__).parents[2]

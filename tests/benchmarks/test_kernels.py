@@ -8,9 +8,9 @@ cores: choose with -k, such as `-k "vitask and pocket and both"`.
 import pytest
 import torch
 
+from bench.machine.kernels import CPU_TARGET, LARGE, POCKET, shapes
 from bench.machine.peers import OPERATIONS, Inputs, peers
 from bench.machine.speed import peak_mib
-from bench.machine.kernels import CPU_TARGET, LARGE, POCKET, shapes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("ours", "eager", "eager_shared", "eager_functional", "compile", "compile_functional",

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench.runs.baselines import linear_probe
+from vitask.baselines import linear_probe
 from vitask.data import load
 from vitask.data.spec import Split
 from vitask.features import Features

@@ -1,0 +1,184 @@
+"""Keys: equal keys, equal results; different keys, a reason that can be named.
+
+The code that decides a result is found statically: the modules that a module imports, directly or
+through others, each by the digest of its syntax tree without prose. Documentation, comments,
+titles, texts and error messages therefore change no key.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bench.errors import ROOT
+
+PACKAGES = ("kernels", "vitask", "bench")
+CODE = "code: "
+PROSE = {"text", "title", "question", "note", "help", "published"}  # arguments and attributes
+SHOWN = {"Method", "Metric", "Published", "Chart"}  # only their first argument decides anything
+RECIPES = "vitask/recipes.py"  # a recipe's values enter as values, not as code
+
+
+def code(modules: Iterable[str], leave: Collection[str] = (), root: Path = ROOT) -> dict[str, str]:
+    """Path -> digest of each module of this project that these import, themselves included.
+
+    `from package.module import name` depends on that module alone, not on the `__init__` of its
+    package, which only re-exports; `from package import name` depends on the `__init__`.
+    leave: prefixes of paths that are left out, such as model families that are not in use.
+    """
+    found: dict[str, str] = {}
+    todo = [_file(root, module) for module in modules]
+    while todo:
+        path = todo.pop()
+        name = path.relative_to(root).as_posix()
+        if name in found or name.startswith(tuple(leave)):
+            continue
+        digest, imported, _ = _read(root, path, path.stat().st_mtime_ns)
+        found[name] = digest
+        todo += imported
+    return dict(sorted(found.items()))
+
+
+def fields_read(paths: Iterable[str], known: Collection[str], root: Path = ROOT) -> frozenset[str]:
+    """The names among `known`, fields of a recipe, that these modules read as attributes."""
+    read: set[str] = set()
+    for name in paths:
+        if name != RECIPES:
+            path = root / name
+            read |= _read(root, path, path.stat().st_mtime_ns)[2] & set(known)
+    return frozenset(read)
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """A line for each ingredient that differs; for code its file."""
+    lines = []
+    for name in sorted({*before, *after}):
+        if name in before and name in after:
+            if before[name] != after[name]:
+                values = "" if name.startswith(CODE) else f" {before[name]} → {after[name]}"
+                lines.append(f"{name}{values}")
+        else:
+            lines.append(f"{name} ({'new' if name in after else 'gone'})")
+    return lines
+
+
+def key(ingredients: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits, whatever the order of the ingredients."""
+    text = json.dumps(ingredients, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def weights(folder: Path) -> str:
+    """Digest of the names and bytes of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _read(root: Path, path: Path, modified: int) -> tuple[str, tuple[Path, ...], frozenset[str]]:
+    """Digest, imported files of the project, and all attributes that are read."""
+    tree = ast.parse(path.read_bytes())
+    tree = _Bare(recipes=path == root / RECIPES).visit(tree)
+    imported = tuple(dict.fromkeys(_imports(root, tree)))
+    attributes = frozenset(n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute))
+    digest = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    return digest, imported, attributes
+
+
+def _imports(root: Path, tree: ast.AST) -> Iterator[Path]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            submodules = [name for name in inner if _exists(root, name)]
+            names = submodules if len(submodules) == len(inner) else [node.module, *submodules]
+        else:
+            continue
+        yield from (_file(root, name) for name in names if name.split(".")[0] in PACKAGES)
+
+
+def _exists(root: Path, module: str) -> bool:
+    return module.split(".")[0] in PACKAGES and _file(root, module).is_file()
+
+
+def _file(root: Path, module: str) -> Path:
+    path = root.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+class _Bare(ast.NodeTransformer):
+    """Takes prose, types and recipes' values out of a syntax tree."""
+
+    def __init__(self, *, recipes: bool) -> None:
+        self._recipes = recipes
+
+    def visit_If(self, node: ast.If) -> Any:
+        if ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            return [self.visit(one) for one in node.orelse]
+        return self.generic_visit(node)
+
+    def visit_Expr(self, node: ast.Expr) -> Any:
+        """Docstrings, wherever they are."""
+        bare = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if bare else self.generic_visit(node)
+
+    def visit_Raise(self, node: ast.Raise) -> Any:
+        return _Silent().visit(node)
+
+    def visit_arg(self, node: ast.arg) -> Any:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        node.returns = None
+        self.generic_visit(node)
+        node.body = node.body or [ast.Pass()]
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> Any:
+        self.generic_visit(node)
+        node.body = node.body or [ast.Pass()]
+        return node
+
+    def visit_Assign(self, node: ast.Assign) -> Any:
+        names = {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+        return None if self._left_out(names, node.value) else self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
+        names = {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
+        if node.value is not None and self._left_out(names, node.value):
+            return None
+        return self.generic_visit(node)
+
+    def _left_out(self, names: set[str], value: ast.expr) -> bool:
+        made = {n.func.id for n in ast.walk(value)
+                if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}  # fmt: skip
+        recipe = self._recipes and all(n.isupper() for n in names) and made & {"Recipe", "replace"}
+        return bool(recipe) or bool(names & PROSE)
+
+    def visit_Call(self, node: ast.Call) -> Any:
+        self.generic_visit(node)
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        if name in SHOWN:
+            node.args = node.args[:1] + [a for a in node.args[2:] if name == "Method"]
+        node.keywords = [k for k in node.keywords if k.arg not in PROSE]
+        return node
+
+
+class _Silent(ast.NodeTransformer):
+    """Takes the texts out of a raise statement: its message says nothing about results."""
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> Any:
+        return ast.Constant("")
+
+    def visit_Constant(self, node: ast.Constant) -> Any:
+        return ast.Constant("") if isinstance(node.value, str) else node

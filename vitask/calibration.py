@@ -1,0 +1,58 @@
+"""Temperature scaling on validation data, and the confidence of an answer."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vitask.data.spec import Dataset
+
+if TYPE_CHECKING:
+    from vitask.score import Prediction
+
+LOG_TEMPERATURES = (-3.0, 3.0)
+
+
+def at_temperature(prediction: "Prediction", temperature: float) -> np.ndarray:
+    """Log-probabilities at a temperature; of single labels by their logits."""
+    log_p = prediction.log_probability
+    if prediction.kind == "candidates":
+        return log_p / temperature
+    logits = log_p - np.log1p(-np.exp(np.minimum(log_p, -1e-12)))
+    return -np.logaddexp(0, -logits / temperature)
+
+
+def fit_temperature(val: "Prediction", dataset: Dataset, members: np.ndarray) -> float:
+    """The temperature that maximises the likelihood of the validation split."""
+    from scipy.optimize import minimize_scalar
+
+    truth = dataset.splits["val"].labels
+
+    def loss(log_temperature: float) -> float:
+        log_p = at_temperature(val, float(np.exp(log_temperature)))
+        if val.kind == "labels":
+            absent = np.log1p(-np.exp(np.minimum(log_p, -1e-12)))
+            return -float(np.where(truth == 1, log_p, absent).mean())
+        log_p = log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True)
+        answer = candidate_of(truth, members)
+        known = answer >= 0  # a label set that is not a candidate has no likelihood
+        return -float(log_p[known, answer[known]].mean()) if known.any() else 0.0
+
+    found = minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded")
+    return round(float(np.exp(found.x)), 6)
+
+
+def candidate_of(labels: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """The candidate that states the labels, -1 for none."""
+    if labels.ndim == 1:
+        return labels
+    known = {row.tobytes(): number for number, row in enumerate(members)}
+    return np.array([known.get(row.astype(bool).tobytes(), -1) for row in labels])
+
+
+def confidence(prediction: "Prediction") -> np.ndarray:
+    """Log-probability of the given answer, (images,)."""
+    log_p = prediction.log_probability
+    if prediction.kind == "labels":
+        absent = np.log1p(-np.exp(np.minimum(log_p, -1e-12)))
+        return np.maximum(log_p, absent).sum(1)
+    return log_p.max(1) - np.logaddexp.reduce(log_p, axis=1)
