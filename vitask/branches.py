@@ -19,7 +19,7 @@ from vitask.exemplar import ExemplarConnector, image_and_exemplar
 from vitask.vlm import VLM, Prompt
 
 
-class Samples(NamedTuple):
+class BatchInputs(NamedTuple):
     """The rows of one training step.
 
     prompts, responses: token ids, one each per row
@@ -53,21 +53,21 @@ class BranchRows(NamedTuple):
 
 
 def three_forwards(
-    vlm: VLM, connector: ExemplarConnector | None, samples: Samples, variant: str
+    vlm: VLM, connector: ExemplarConnector | None, batch: BatchInputs, variant: str
 ) -> BranchRows:
     """One forward of the language model per branch; branches without inputs are left out."""
-    hidden, labels, owner = response_hidden(vlm, samples.prompts, samples.image, samples.responses)
+    hidden, labels, owner = response_hidden(vlm, batch.prompts, batch.image, batch.responses)
     exemplar_hidden = negative_hidden = negative_rows = None
-    if samples.exemplar is not None and connector is not None:
-        tokens = image_and_exemplar(samples.image, connector(samples.exemplar), variant)
-        exemplar_hidden, _, _ = response_hidden(vlm, samples.prompts, tokens, samples.responses)
-    if samples.negative is not None and bool((samples.negative >= 0).any()):
-        rows = (samples.negative >= 0).nonzero()[:, 0]
+    if batch.exemplar is not None and connector is not None:
+        tokens = image_and_exemplar(batch.image, connector(batch.exemplar), variant)
+        exemplar_hidden, _, _ = response_hidden(vlm, batch.prompts, tokens, batch.responses)
+    if batch.negative is not None and bool((batch.negative >= 0).any()):
+        rows = (batch.negative >= 0).nonzero()[:, 0]
         negative_hidden, _, _ = response_hidden(
             vlm,
-            [samples.prompts[i] for i in rows.tolist()],
-            samples.image[samples.negative[rows]],
-            [samples.responses[i] for i in rows.tolist()],
+            [batch.prompts[i] for i in rows.tolist()],
+            batch.image[batch.negative[rows]],
+            [batch.responses[i] for i in rows.tolist()],
         )
         negative_rows = torch.isin(owner, rows).nonzero()[:, 0]
     return BranchRows(hidden, labels, exemplar_hidden, negative_hidden, negative_rows)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,19 +22,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitask.data.spec import Dataset, DatasetSpec
-from vitask.exemplar import ExemplarConnector, image_and_exemplar
+from vitask.exemplar import ExemplarConnector, feature_kind, image_and_exemplar
 from vitask.prompts import Candidates, candidates, instruction, response
 from vitask.recipes import Recipe
 from vitask.score import generate, response_log_probabilities
 from vitask.tsm import TSM
 from vitask.vlm import VLM
 
-FORMAT = 1  # of vitask.json
+FORMAT = 2  # of vitask.json; 1 had another field of the recipe for every source of data
 
 
 @dataclass(frozen=True)
 class Task:
-    """A dataset that the model was tuned on: what is asked and what can be answered."""
+    """A dataset that the model was tuned on: its description and its candidates."""
 
     spec: DatasetSpec
     candidates: Candidates
@@ -42,6 +43,16 @@ class Task:
     def of(cls, dataset: Dataset) -> "Task":
         spec = dataset.spec
         return cls(spec, candidates(spec, dataset.splits["train"].labels))
+
+    def card(self) -> dict[str, Any]:
+        """For `vitask.json`."""
+        return {"spec": asdict(self.spec), **self.candidates.card()}
+
+    @classmethod
+    def of_card(cls, card: Mapping[str, Any]) -> "Task":
+        """The task that `card` was made of."""
+        spec = DatasetSpec.of_json(card["spec"])
+        return cls(spec, Candidates.of_card(card, len(spec.classes)))
 
 
 class VITask:
@@ -60,9 +71,9 @@ class VITask:
         self.tsm, self.connector = tsm, connector
 
     @property
-    def feature_kind(self) -> str:
+    def feature_kind(self) -> Literal["cls", "all"]:
         """Which TSM features the connector takes."""
-        return "cls" if self.recipe.variant == "cls" else "all"
+        return feature_kind(self.recipe.variant)
 
     def plug(self, tsm: TSM) -> "VITask":
         """The same model with another TSM behind the same connector; nothing is tuned."""
@@ -99,13 +110,16 @@ class VITask:
         if not wanted:
             return image
         if self.tsm is None:
-            raise ValueError("no task-specific model in this checkpoint; use exemplar=False")
+            raise ValueError(
+                "this checkpoint has no task-specific model (TSM); ask without the exemplar "
+                "(exemplar=False, or --no-exemplar on the command line)"
+            )
         return self.tokens(image, self.tsm.features(images, self.feature_kind))
 
     # From features
 
     @torch.no_grad()
-    def seen(self, image: Tensor) -> Float[Tensor, "images image_tokens hidden"]:
+    def image_inputs(self, image: Tensor) -> Float[Tensor, "images image_tokens hidden"]:
         """What `tune` was given for some images -> their image tokens.
 
         Kept features are these already; where vision was trained, pixel values become them now.
@@ -195,28 +209,27 @@ class VITask:
                 "or one that save_pretrained wrote, which is replaced"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        part.chmod(0o755)
+        unfinished = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        unfinished.chmod(0o755)
         # The vocabulary is never changed, so peft need not look the base model up to see.
-        self.vlm.adapter.save_pretrained(part / "adapter", save_embedding_layers=False)
-        self.vlm.processor.save_pretrained(part / "processor")
+        self.vlm.adapter.save_pretrained(unfinished / "adapter", save_embedding_layers=False)
+        self.vlm.processor.save_pretrained(unfinished / "processor")
         if self.connector is not None:
-            save_file(self.connector.state_dict(), part / "connector.safetensors")
+            save_file(self.connector.state_dict(), unfinished / "connector.safetensors")
         if self.recipe.trained != "adapters":
-            save_file(
-                self.vlm.seeing(self.recipe.trained).state_dict(), part / "vision.safetensors"
-            )
+            vision = self.vlm.vision_modules(self.recipe.trained)
+            save_file(vision.state_dict(), unfinished / "vision.safetensors")
         if self.tsm is not None:
-            self.tsm.save(part)
+            self.tsm.save(unfinished)
         card = {
             "format": FORMAT,
             "recipe": asdict(self.recipe),
-            "tasks": {name: _task_card(task) for name, task in self.tasks.items()},
+            "tasks": {name: task.card() for name, task in self.tasks.items()},
         }
-        (part / "vitask.json").write_text(json.dumps(card, indent=1) + "\n")
+        (unfinished / "vitask.json").write_text(json.dumps(card, indent=1) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(part, folder)
+        os.replace(unfinished, folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str = "cpu") -> "VITask":
@@ -228,9 +241,11 @@ class VITask:
                 "save_pretrained and `python -m bench run` write it"
             )
         card = json.loads((folder / "vitask.json").read_text())
-        if card.get("format") != FORMAT:
+        if card.get("format") not in range(1, FORMAT + 1):
             raise ValueError(
-                f"{folder / 'vitask.json'} has format {card.get('format')!r}; expected {FORMAT}"
+                f"{folder / 'vitask.json'} has format {card.get('format')!r}; this version reads "
+                f"formats 1 to {FORMAT}: update VITask to read a newer checkpoint, or tune the "
+                "model again"
             )
         recipe = Recipe.of_json(card["recipe"])
         vlm = VLM.load(
@@ -241,7 +256,8 @@ class VITask:
         )
         vlm.load_adapter(folder / "adapter")
         if recipe.trained != "adapters":
-            vlm.seeing(recipe.trained).load_state_dict(load_file(folder / "vision.safetensors"))
+            vision = load_file(folder / "vision.safetensors")
+            vlm.vision_modules(recipe.trained).load_state_dict(vision)
         tsm = connector = None
         if (folder / "tsm.json").is_file():
             tsm = TSM.load(folder).to(device)
@@ -250,21 +266,5 @@ class VITask:
             connector = ExemplarConnector(state["linear_1.weight"].shape[1], vlm.hidden_size)
             connector.load_state_dict(state)
             connector.to(device).eval().requires_grad_(False)
-        tasks = {name: _task_of(task) for name, task in card["tasks"].items()}
+        tasks = {name: Task.of_card(task) for name, task in card["tasks"].items()}
         return cls(vlm, recipe, tasks, tsm=tsm, connector=connector)
-
-
-def _task_card(task: Task) -> dict:
-    return {
-        "spec": asdict(task.spec),
-        "answers": list(task.candidates.texts),
-        "members": [np.flatnonzero(row).tolist() for row in task.candidates.members],
-    }
-
-
-def _task_of(card: dict) -> Task:
-    spec = DatasetSpec.of_json(card["spec"])
-    members = np.zeros((len(card["answers"]), len(spec.classes)), dtype=bool)
-    for row, present in enumerate(card["members"]):
-        members[row, present] = True
-    return Task(spec, Candidates(tuple(card["answers"]), members))

@@ -1,5 +1,7 @@
 """Exemplar prompting: TSM features -> exemplar tokens in the language model's embedding space."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -9,6 +11,11 @@ VARIANTS = {
     "all": "every patch token of the TSM, after the image tokens",
     "rep": "every patch token of the TSM in place of the image tokens",
 }
+
+
+def feature_kind(variant: str) -> Literal["cls", "all"]:
+    """Which TSM features a variant takes: the pooled one, or all patch tokens."""
+    return "cls" if variant == "cls" else "all"
 
 
 class ExemplarConnector(nn.Module):

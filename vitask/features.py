@@ -16,10 +16,10 @@ CHUNK = 1024  # images that are computed at once when their features go to disk
 
 
 class Features:
-    """Features of the parts of some datasets, on the CPU.
+    """Features of the splits of some datasets, on the CPU.
 
     compute: uint8 images (n, h, w[, 3]) -> (n, ...) of a frozen model, without augmentation
-    memory_mib: what they may take of memory, all together; parts beyond it are kept in files
+    memory_mib: what they may take of memory, all together; splits beyond it are kept in files
         under `folder` (None: the system's place for temporary files) and memory-mapped. The files
         go when the features do.
     """
@@ -34,24 +34,24 @@ class Features:
     ) -> None:
         self._datasets = datasets
         self._compute = compute
-        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._cached: dict[tuple[str, str], Tensor] = {}
         self._left = memory_mib * 2**20
         self._place = folder
         self._files: str | None = None
 
-    def __call__(self, dataset: str, part: str) -> Tensor:
-        """Features of a part ("train", "val", "test"), in the order of its images."""
-        key = (dataset, part)
-        if key not in self._kept:
-            images = self._datasets[dataset].splits[part].images
+    def __call__(self, dataset: str, split: str) -> Tensor:
+        """Features of a split ("train", "val", "test"), in the order of its images."""
+        key = (dataset, split)
+        if key not in self._cached:
+            images = self._datasets[dataset].splits[split].images
             one = self._compute(images[:1])
             size = one.nbytes * len(images)
             if size <= self._left:
                 self._left -= size
-                self._kept[key] = self._compute(images)
+                self._cached[key] = self._compute(images)
             else:
-                self._kept[key] = self._on_disk(f"{dataset}-{part}", images, one)
-        return self._kept[key]
+                self._cached[key] = self._on_disk(f"{dataset}-{split}", images, one)
+        return self._cached[key]
 
     def _on_disk(self, name: str, images: np.ndarray, one: Tensor) -> Tensor:
         """Computed in chunks, straight into a file that is mapped into memory."""

@@ -7,14 +7,13 @@ what they built stands in every record.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from vitask.data.spec import DatasetSpec
+from vitask.data.spec import DatasetSpec
 
 INSTRUCTION = "Analyze the given {modality} image. The possible diagnoses are: {labels}."
 SEPARATOR = "; "  # label names hold commas and brackets, never a semicolon
@@ -22,14 +21,14 @@ NO_FINDING = "no finding"  # the multi-label answer when no label is present
 FREQUENT_LABEL_SETS = 64  # multi-label candidates beside the single labels
 
 
-def instruction(spec: "DatasetSpec", form: str = "complete") -> str:
+def instruction(spec: DatasetSpec, form: str = "complete") -> str:
     """The instruction of a dataset, with its list of possible diagnoses, or an incomplete form."""
     template, names = FORMS[form]
     labels = (*spec.classes, NO_FINDING) if spec.multi_label else _answers(spec)
     return template.format(modality=spec.modality, labels=SEPARATOR.join(names(labels)))
 
 
-def _answers(spec: "DatasetSpec") -> tuple[str, ...]:
+def _answers(spec: DatasetSpec) -> tuple[str, ...]:
     """Single-label: what can be answered; the classes, where the question is not finer."""
     return tuple(text for text, _ in spec.answers) or spec.classes
 
@@ -77,7 +76,7 @@ FORMS: dict[str, tuple[str, Callable[[Names], Names]]] = {
 }
 
 
-def answer(spec: "DatasetSpec", label: "int | np.integer | np.ndarray") -> str:
+def answer(spec: DatasetSpec, label: int | np.integer | np.ndarray) -> str:
     """Label -> answer text: a class name, or the present labels in dataset order."""
     if not spec.multi_label:
         return spec.classes[int(label)]
@@ -100,6 +99,19 @@ class Candidates:
 
     texts: tuple[str, ...]
     members: np.ndarray
+
+    def card(self) -> dict[str, list]:
+        """For JSON: the texts, and of each the numbers of the classes that it states."""
+        members = [np.flatnonzero(row).tolist() for row in self.members]
+        return {"answers": list(self.texts), "members": members}
+
+    @classmethod
+    def of_card(cls, card: Mapping[str, Any], classes: int) -> "Candidates":
+        """What `card` was made of; `classes` is the number of the dataset's classes."""
+        members = np.zeros((len(card["answers"]), classes), dtype=bool)
+        for row, stated in enumerate(card["members"]):
+            members[row, stated] = True
+        return cls(tuple(card["answers"]), members)
 
     def parse(self, text: str) -> int | None:
         """Generated text -> candidate, or None for an invalid answer (never guessed).
@@ -129,7 +141,7 @@ class Candidates:
         return float(np.mean([row.astype(bool).tobytes() in known for row in labels]))
 
 
-def candidates(spec: "DatasetSpec", train_labels: np.ndarray) -> Candidates:
+def candidates(spec: DatasetSpec, train_labels: np.ndarray) -> Candidates:
     """The dataset's answers; for multi-label the 14 labels, none, and frequent label sets.
 
     The label sets are the 64 most frequent of two or more labels in the training part (ties:

@@ -5,26 +5,12 @@ stands in every record. Names of the fields follow the paper's terms (arXiv 2410
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
+from vitask.data import medmnist, phantom
 from vitask.prompts import FORMS
-
-MEDMNIST_2D = (
-    "pathmnist",
-    "chestmnist",
-    "dermamnist",
-    "octmnist",
-    "pneumoniamnist",
-    "retinamnist",
-    "breastmnist",
-    "bloodmnist",
-    "tissuemnist",
-    "organamnist",
-    "organcmnist",
-    "organsmnist",
-)  # fmt: skip  (the order of the paper's tables)
 
 
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -44,24 +30,43 @@ class Study:
     seeds: tuple[int, ...] = (0,)
 
 
+SMALL = Study(datasets=("dermamnist", "retinamnist", "breastmnist"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a recipe takes from one source of data.
+
+    datasets, seeds: of all experiments that are not a study
+    study:   what the studies take instead
+    samples: images drawn for train, val and test of each dataset; None where the source has files
+    """
+
+    datasets: tuple[str, ...]
+    seeds: tuple[int, ...]
+    study: Study
+    samples: tuple[int, int, int] | None = None
+
+
+def _sources() -> dict[str, Source]:
+    return {
+        "phantom": Source(medmnist.NAMES, (0,), SMALL, phantom.SIZES),
+        "medmnist": Source(medmnist.NAMES, (0,), SMALL),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One experiment, from data to scores."""
 
     name: str
 
-    # Data: its own datasets and seeds per source of data, and how much of them is used.
-    phantom_datasets: tuple[str, ...] = MEDMNIST_2D
-    medmnist_datasets: tuple[str, ...] = MEDMNIST_2D
-    phantom_seeds: tuple[int, ...] = (0,)
-    medmnist_seeds: tuple[int, ...] = (0,)
-    phantom_samples: tuple[int, int, int] = (200, 60, 100)  # train, val, test of each dataset
+    # Data: datasets and seeds of each source, and how much of them is used.
+    sources: Mapping[str, Source] = field(default_factory=_sources, hash=False)
     source_size: int = 28  # pixels: 28, 64, 128 or 224; never mixed in one table
     train_limit: int | None = None  # images per dataset, stratified by class; None: all
     val_limit: int | None = None
     corrupted_limit: int | None = 200  # test images of each dataset that are corrupted
-    phantom_study: Study = Study(datasets=("dermamnist", "retinamnist", "breastmnist"))
-    medmnist_study: Study = Study(datasets=("dermamnist", "retinamnist", "breastmnist"))
 
     # Vision language model: "pocket", a folder, or a name on the hub.
     vlm: str = "pocket"
@@ -136,15 +141,22 @@ class Recipe:
 
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> "Recipe":
-        """The recipe that `asdict` and JSON made these fields of: lists were tuples."""
+        """The recipe whose `asdict` was written as JSON, by this version or by an earlier one.
 
-        def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-            return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-        known = tuples(fields)
-        for name in ("phantom_study", "medmnist_study"):
-            known[name] = Study(**tuples(known[name]))
-        return cls(**known)
+        Earlier versions had a field for each source and thing: `phantom_datasets`,
+        `medmnist_seeds`, ..., and `phantom_samples`.
+        """
+        known = dict(fields)
+        if "sources" not in known:
+            known["sources"] = {
+                source: {
+                    name: known.pop(f"{source}_{name}") for name in ("datasets", "seeds", "study")
+                }
+                for source in ("phantom", "medmnist")
+            }
+            known["sources"]["phantom"]["samples"] = known.pop("phantom_samples")
+        sources = {name: _source_of_json(source) for name, source in known["sources"].items()}
+        return cls(**(_tuples(known) | {"sources": sources}))
 
     @property
     def epochs(self) -> int:
@@ -152,27 +164,48 @@ class Recipe:
         return self.stage1_epochs + self.stage2_epochs
 
     def datasets(self, source: str) -> tuple[str, ...]:
-        """The recipe's own datasets for a source of data, "phantom" or "medmnist"."""
-        return self.phantom_datasets if source == "phantom" else self.medmnist_datasets
+        """Names of the datasets taken from a source, "phantom" or "medmnist"."""
+        return self._source(source).datasets
 
     def seeds(self, source: str) -> tuple[int, ...]:
-        """The seeds that are run unless others are asked for."""
-        return self.phantom_seeds if source == "phantom" else self.medmnist_seeds
+        """The seeds that are run by default."""
+        return self._source(source).seeds
+
+    def samples(self, source: str) -> tuple[int, int, int] | None:
+        """Images drawn for train, val and test of each dataset; None for a source with files."""
+        return self._source(source).samples
 
     def study(self, source: str) -> "Recipe":
-        """The same experiment at the size of its study."""
-        size = self.phantom_study if source == "phantom" else self.medmnist_study
+        """The same experiment at the size of its study on this source."""
+        given = self._source(source)
+        size = given.study
+        own = replace(given, datasets=size.datasets, seeds=size.seeds)
         return replace(
             self,
-            phantom_datasets=self.phantom_study.datasets,
-            medmnist_datasets=self.medmnist_study.datasets,
-            phantom_seeds=self.phantom_study.seeds,
-            medmnist_seeds=self.medmnist_study.seeds,
+            sources={**self.sources, source: own},
             train_limit=size.train_limit,
             stage1_epochs=size.stage1_epochs,
             stage2_epochs=size.stage2_epochs,
             tsm_epochs=size.tsm_epochs,
         )
+
+    def _source(self, name: str) -> Source:
+        if name not in self.sources:
+            raise ValueError(
+                f"recipe {self.name!r} has no data source {name!r}; "
+                f"expected one of {', '.join(self.sources)}"
+            )
+        return self.sources[name]
+
+
+def _source_of_json(fields: Mapping[str, Any]) -> Source:
+    study = Study(**_tuples(fields["study"]))
+    return Source(**(_tuples(fields) | {"study": study}))
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with tuples for the lists that JSON made of them."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def vanilla(recipe: Recipe) -> Recipe:
@@ -182,22 +215,29 @@ def vanilla(recipe: Recipe) -> Recipe:
 
 POCKET = Recipe(
     name="pocket",
-    medmnist_datasets=("breastmnist", "retinamnist", "pneumoniamnist", "ham10000", "pbc_blood"),
-    medmnist_seeds=(0, 1, 2),
+    sources={
+        "phantom": Source(
+            datasets=medmnist.NAMES,
+            seeds=(0,),
+            study=replace(SMALL, train_limit=96, tsm_epochs=10),
+            samples=phantom.SIZES,
+        ),
+        "medmnist": Source(
+            datasets=("breastmnist", "retinamnist", "pneumoniamnist", "ham10000", "pbc_blood"),
+            seeds=(0, 1, 2),
+            study=Study(  # all suites: some 140 minutes a seed on one core, four hours on two
+                datasets=("breastmnist", "retinamnist", "pneumoniamnist", "ham10000"),
+                train_limit=400,
+                stage1_epochs=2,
+                stage2_epochs=2,
+                seeds=(0, 1, 2),
+            ),
+        ),
+    },
     tsm="test_resnet",  # better on validation data than ResNet-18 at 32 px, and faster
     tsm_learning_rate=3e-3,
     train_limit=500,
     val_limit=200,
-    phantom_study=Study(
-        datasets=("dermamnist", "retinamnist", "breastmnist"), train_limit=96, tsm_epochs=10
-    ),
-    medmnist_study=Study(  # all suites: some 140 minutes a seed on one core, four hours on two
-        datasets=("breastmnist", "retinamnist", "pneumoniamnist", "ham10000"),
-        train_limit=400,
-        stage1_epochs=2,
-        stage2_epochs=2,
-        seeds=(0, 1, 2),
-    ),
     stage1_epochs=2,
     stage2_epochs=2,
     learning_rate=3e-3,  # better than 1e-3 on validation data, for vanilla tuning and for VITask

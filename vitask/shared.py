@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vitask.branches import BranchRows, Samples, response_hidden, three_forwards
+from vitask.branches import BatchInputs, BranchRows, response_hidden, three_forwards
 from vitask.exemplar import ExemplarConnector, image_and_exemplar
 from vitask.tree import ROOT, Layout, Segment, buckets, length
 from vitask.vlm import VLM
@@ -26,32 +26,32 @@ EXEMPLAR_RESPONSE = 6  # with exemplar; the responses of hosted negatives follow
 
 
 def shared_forward(
-    vlm: VLM, connector: ExemplarConnector | None, samples: Samples, variant: str
+    vlm: VLM, connector: ExemplarConnector | None, batch: BatchInputs, variant: str
 ) -> BranchRows:
     """The rows of `three_forwards` from one forward of the language model per length bucket."""
     exemplar = None
-    if samples.exemplar is not None and connector is not None:
-        exemplar = connector(samples.exemplar)
-    negatives = [] if samples.negative is None else samples.negative.tolist()
+    if batch.exemplar is not None and connector is not None:
+        exemplar = connector(batch.exemplar)
+    negatives = [] if batch.negative is None else batch.negative.tolist()
     hosted = {k: host for k, host in enumerate(negatives) if host >= 0}
     if not hosted and (exemplar is None or variant == "rep"):
-        return three_forwards(vlm, connector, samples, variant)  # nothing to share
+        return three_forwards(vlm, connector, batch, variant)  # nothing to share
 
     apart = variant == "rep" and exemplar is not None
     inside = None if apart else exemplar
-    rows, places = _rows(samples, hosted, 0 if inside is None else inside.shape[1])
-    hidden = _forward(vlm, rows, places, samples.image, inside)
-    labels = torch.tensor([t for r in samples.responses for t in r], device=hidden.device)
+    rows, places = _rows(batch, hosted, 0 if inside is None else inside.shape[1])
+    hidden = _forward(vlm, rows, places, batch.image, inside)
+    labels = torch.tensor([t for r in batch.responses for t in r], device=hidden.device)
     base = len(labels)
     with_exemplar = base if inside is not None else 0
     exemplar_hidden = hidden[base : base + base] if with_exemplar else None
     if apart:
-        tokens = image_and_exemplar(samples.image, exemplar, variant)
-        exemplar_hidden, _, _ = response_hidden(vlm, samples.prompts, tokens, samples.responses)
+        tokens = image_and_exemplar(batch.image, exemplar, variant)
+        exemplar_hidden, _, _ = response_hidden(vlm, batch.prompts, tokens, batch.responses)
     negative_hidden = negative_rows = None
     if hosted:
         negative_hidden = hidden[base + with_exemplar :]
-        owner = [i for i, response in enumerate(samples.responses) for _ in response]
+        owner = [i for i, response in enumerate(batch.responses) for _ in response]
         own = [row for row, sample in enumerate(owner) if sample in hosted]
         negative_rows = torch.tensor(own, device=hidden.device)
     return BranchRows(hidden[:base], labels, exemplar_hidden, negative_hidden, negative_rows)
@@ -66,12 +66,12 @@ class _Place(NamedTuple):
 
 
 def _rows(
-    samples: Samples, hosted: dict[int, int], exemplar_tokens: int
+    batch: BatchInputs, hosted: dict[int, int], exemplar_tokens: int
 ) -> tuple[list[list[Segment]], list[_Place]]:
     """One row a sample; places of all base, exemplar and negative responses, in this order."""
-    image_tokens = samples.image.shape[1]
+    image_tokens = batch.image.shape[1]
     rows, base, exemplar = [], [], []
-    for i, (prompt, response) in enumerate(zip(samples.prompts, samples.responses, strict=True)):
+    for i, (prompt, response) in enumerate(zip(batch.prompts, batch.responses, strict=True)):
         row = [
             Segment(ROOT, prompt.before),
             Segment(0, (0,) * image_tokens, "image"),
@@ -89,8 +89,8 @@ def _rows(
         rows.append(row)
     negative = []
     for k, host in hosted.items():
-        assert samples.prompts[k] == samples.prompts[host], "negatives share the instruction"
-        response = samples.responses[k]
+        assert batch.prompts[k] == batch.prompts[host], "negatives share the instruction"
+        response = batch.responses[k]
         rows[host].append(Segment(AFTER, response[:-1]))
         negative.append(_Place(host, len(rows[host]) - 1, len(response)))
     return rows, [*base, *exemplar, *negative]

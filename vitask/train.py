@@ -16,10 +16,10 @@ from transformers import get_cosine_schedule_with_warmup
 
 from kernels import VITaskLosses
 from vitask.batches import Batch, make_batches
-from vitask.branches import Samples, three_forwards
+from vitask.branches import BatchInputs, three_forwards
 from vitask.checkpoint import Task, VITask
 from vitask.data.spec import Dataset
-from vitask.exemplar import ExemplarConnector
+from vitask.exemplar import ExemplarConnector, feature_kind
 from vitask.features import Features, Joined
 from vitask.objective import Weights, joint_loss, stage_weights
 from vitask.prompts import answer, instruction, response
@@ -76,9 +76,9 @@ class TrainingSet:
             else Joined([exemplar(name, "train") for name in datasets]),
         )
 
-    def rows(self, batch: Batch, device: torch.device, *, contrastive: bool) -> Samples:
+    def rows(self, batch: Batch, device: torch.device, *, contrastive: bool) -> BatchInputs:
         """The samples of a batch, on the device."""
-        return Samples(
+        return BatchInputs(
             prompts=[self.prompts[self.instruction[i]] for i in batch.samples],
             responses=[self.responses[self.response[i]] for i in batch.samples],
             image=self.image[batch.samples].to(device),
@@ -104,7 +104,7 @@ class Log:
 
 
 class TuningStep(nn.Module):
-    """Samples -> losses: one module around everything that trains, for the engine to wrap."""
+    """BatchInputs -> losses: one module around everything that trains, for the engine to wrap."""
 
     def __init__(self, vlm: VLM, connector: ExemplarConnector | None, recipe: Recipe) -> None:
         super().__init__()
@@ -112,10 +112,10 @@ class TuningStep(nn.Module):
         self.connector = connector
         self._vlm, self._recipe = vlm, recipe
 
-    def forward(self, samples: Samples, weights: Weights) -> VITaskLosses:
+    def forward(self, batch: BatchInputs, weights: Weights) -> VITaskLosses:
         if self._recipe.trained != "adapters":
-            samples = samples._replace(image=self._vlm.image_tokens(samples.image))
-        rows = FORWARDS[self._recipe.step](self._vlm, self.connector, samples, self._recipe.variant)
+            batch = batch._replace(image=self._vlm.image_tokens(batch.image))
+        rows = FORWARDS[self._recipe.step](self._vlm, self.connector, batch, self._recipe.variant)
         return joint_loss(self._vlm, rows, weights, detach_exemplar=self._recipe.detach_exemplar)
 
 
@@ -144,11 +144,11 @@ def tune(
     kwargs = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = accelerate.Accelerator(kwargs_handlers=[kwargs])
     vlm.add_lora(rank=recipe.lora_rank, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout)
-    seeing = vlm.seeing(recipe.trained).requires_grad_(True)
+    seeing = vlm.vision_modules(recipe.trained).requires_grad_(True)
     connector = None
     if recipe.exemplar and tsm is not None:
-        kind = "cls" if recipe.variant == "cls" else "all"
-        connector = ExemplarConnector(tsm.feature_size(kind), vlm.hidden_size).to(vlm.device)
+        width = tsm.feature_size(feature_kind(recipe.variant))
+        connector = ExemplarConnector(width, vlm.hidden_size).to(vlm.device)
     data = TrainingSet.of(
         vlm, datasets, image, exemplar if recipe.exemplar else None, form=recipe.instruction
     )
@@ -250,7 +250,7 @@ def validate(
     if model.connector is not None:
         curves["with"] = {}
     for name, dataset in datasets.items():
-        tokens, task = model.seen(image(name, "val")), model.tasks[name]
+        tokens, task = model.image_inputs(image(name, "val")), model.tasks[name]
         if model.connector is None or exemplar is None:
             scores = [model.score(name, tokens)]
         else:

@@ -252,7 +252,7 @@ class VLM:
         # A name, not the path that it was found at: what peft saves is read on other machines.
         self.adapter.peft_config["default"].base_model_name_or_path = self.name
 
-    def seeing(self, trained: str) -> nn.ModuleDict:
+    def vision_modules(self, trained: str) -> nn.ModuleDict:
         """What makes image tokens and is trained whole: nothing for "adapters", the VLM's own
         connector for "connector", the vision tower too for "vision"."""
         inner = self.model.model

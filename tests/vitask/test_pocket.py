@@ -137,22 +137,16 @@ def test_copying_reaches_every_token_of_the_datasets_prompts():
 def test_a_question_in_a_row_of_many_reads_as_if_it_stood_alone():
     """The shared row is exact: mask and restarted positions hide the other questions."""
     vlm = fresh()
-    prompts = [(vlm.prompt(canonical(k)), vlm.response_ids("a b.")) for k in ("shape", "count")]
-    turns = [(list(prompt.after), list(answer)) for prompt, answer in prompts]
-    image = [PROCESSOR.image_token_id] * IMAGE_TOKENS
-    before = [*prompts[0][0].before, *image]
+    turns = [(vlm.prompt(canonical(k)), vlm.response_ids("a b.")) for k in ("shape", "count")]
     images = held_out(1, 7)[0]
 
-    def answers(rows: list) -> torch.Tensor:
-        batch = train.collate(images, {}, rows, PROCESSOR.tokenizer.pad_token_id)
-        embeddings = vlm.embed(batch.ids)
-        place = (batch.ids == PROCESSOR.image_token_id).unsqueeze(-1)
-        embeddings = embeddings.masked_scatter(place, vlm.image_features(images))
-        hidden = vlm.hidden(embeddings, mask=batch.mask, positions=batch.positions)
+    def answers(turns: list) -> torch.Tensor:
+        batch = train.collate(vlm, images, {}, [turns])
+        hidden = train.row_hidden(vlm, batch.layout, vlm.image_features(images))
         return vlm.logits(hidden[batch.labels != IGNORE_INDEX])
 
-    together = answers([(before, turns)])
-    alone = torch.cat([answers([(before, [turn])]) for turn in turns])
+    together = answers(turns)
+    alone = torch.cat([answers([turn]) for turn in turns])
     assert together.shape == alone.shape
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitask.branches import Samples, three_forwards
+from vitask.branches import BatchInputs, three_forwards
 from vitask.checkpoint import VITask
-from vitask.exemplar import ExemplarConnector
+from vitask.exemplar import ExemplarConnector, feature_kind
 from vitask.features import Features
 from vitask.objective import Weights, joint_loss, stage_weights
 from vitask.recipes import POCKET, vanilla
@@ -45,7 +45,7 @@ def tsm(tiny_datasets):
 
 def run(recipe, datasets, tsm, seed=0, on_epoch=ignore):
     vlm = VLM.load(recipe.vlm)
-    kind = "cls" if recipe.variant == "cls" else "all"
+    kind = feature_kind(recipe.variant)
     return tune(
         vlm,
         datasets,
@@ -182,7 +182,7 @@ def test_seeing_parts_train_are_saved_and_loaded(
     loaded = VITask.from_pretrained(tmp_path / "seeing")
     images = tiny_datasets["two"].splits["test"].images
     assert (loaded.predict("two", images) == model.predict("two", images)).all()
-    kept = model.seen(pixels("two", "test"))
+    kept = model.image_inputs(pixels("two", "test"))
     torch.testing.assert_close(kept, model.vlm.image_features(images))
 
 
@@ -254,7 +254,7 @@ def rows(recipe, tiny_datasets, tsm):
         Features(tiny_datasets, tsm.features),
     )
     at = [0, 1, 2, 31, 32]
-    samples = Samples(
+    samples = BatchInputs(
         prompts=[data.prompts[data.instruction[i]] for i in at],
         responses=[data.responses[data.response[i]] for i in at],
         image=data.image[at],

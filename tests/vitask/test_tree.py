@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from tests.vitask.conftest import write_tiny_checkpoint
-from vitask.branches import Samples, three_forwards
+from vitask.branches import BatchInputs, three_forwards
 from vitask.exemplar import ExemplarConnector
 from vitask.objective import Weights, joint_loss
 from vitask.recipes import POCKET
@@ -79,7 +79,7 @@ def batches(draw):
     return draw(st.integers(0, 2**31 - 1)), kinds, instruction, responses, negative, tokens
 
 
-def samples_of(vlm: VLM, batch, dtype: torch.dtype, *, image_tokens: int = 4) -> Samples:
+def samples_of(vlm: VLM, batch, dtype: torch.dtype, *, image_tokens: int = 4) -> BatchInputs:
     seed, kinds, instruction, responses, negative, tokens = batch
     generator = torch.Generator().manual_seed(seed)
     vocab = len(vlm.head)
@@ -94,7 +94,7 @@ def samples_of(vlm: VLM, batch, dtype: torch.dtype, *, image_tokens: int = 4) ->
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    return Samples(
+    return BatchInputs(
         prompts=[prompts[k] for k in instruction],
         responses=[ids(count) for count in responses],
         image=normal(rows, image_tokens, vlm.hidden_size),

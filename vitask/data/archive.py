@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitask.data.spec import PARTS, Dataset, DatasetSpec, Split, ids
+from vitask.data.spec import SPLITS, Dataset, DatasetSpec, Split, ids
 
 _GROUPS = "groups"
 
@@ -46,11 +46,11 @@ def load_file(
         with np.load(path, allow_pickle=False) as archive:
             groups = _check_keys(path, archive.files, own=expected_md5 is None)
             splits = {}
-            for part in PARTS:
-                images = _images(path, archive, f"{part}_images", spec, part, size)
-                labels = _labels(path, archive, f"{part}_labels", spec, part)
-                group = _group(path, archive, f"{part}_{_GROUPS}", len(images)) if groups else None
-                splits[part] = Split(images, labels, ids(spec.name, part, len(images)), group)
+            for split in SPLITS:
+                images = _images(path, archive, f"{split}_images", spec, split, size)
+                labels = _labels(path, archive, f"{split}_labels", spec, split)
+                group = _group(path, archive, f"{split}_{_GROUPS}", len(images)) if groups else None
+                splits[split] = Split(images, labels, ids(spec.name, split, len(images)), group)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise ValueError(
             f"{path}: the archive is damaged ({error}); expected a whole .npz file: "
@@ -90,8 +90,8 @@ def _check_archive(path: Path) -> None:
 
 def _check_keys(path: Path, found: list[str], own: bool) -> bool:
     """Whether the file has groups; a ValueError for keys too many or too few."""
-    needed = {f"{part}_{what}" for part in PARTS for what in ("images", "labels")}
-    grouped = {f"{part}_{_GROUPS}" for part in PARTS} if own else set()
+    needed = {f"{split}_{what}" for split in SPLITS for what in ("images", "labels")}
+    grouped = {f"{split}_{_GROUPS}" for split in SPLITS} if own else set()
     missing, extra = needed - set(found), set(found) - needed - grouped
     if grouped & set(found):
         missing |= grouped - set(found)
@@ -123,11 +123,11 @@ def _images(
     archive: "np.lib.npyio.NpzFile",
     key: str,
     spec: DatasetSpec,
-    part: str,
+    split: str,
     size: int,
 ) -> np.ndarray:
     images = _array(path, archive, key)
-    shape = (spec.n_samples[part], size, size, *((3,) if spec.n_channels == 3 else ()))
+    shape = (spec.n_samples[split], size, size, *((3,) if spec.n_channels == 3 else ()))
     if images.shape != shape or images.dtype != np.uint8:
         raise ValueError(
             f"{path}: {key} is {images.dtype} {images.shape}, expected uint8 {shape}: "
@@ -138,10 +138,10 @@ def _images(
 
 
 def _labels(
-    path: Path, archive: "np.lib.npyio.NpzFile", key: str, spec: DatasetSpec, part: str
+    path: Path, archive: "np.lib.npyio.NpzFile", key: str, spec: DatasetSpec, split: str
 ) -> np.ndarray:
     labels = _array(path, archive, key)
-    shape = (spec.n_samples[part], len(spec.classes) if spec.multi_label else 1)
+    shape = (spec.n_samples[split], len(spec.classes) if spec.multi_label else 1)
     if labels.shape != shape or labels.dtype.kind not in "iu":
         raise ValueError(
             f"{path}: {key} is {labels.dtype} {labels.shape}, expected integers {shape}, one row "

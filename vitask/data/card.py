@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitask.data.archive import load_file
-from vitask.data.spec import PARTS, TASKS, Dataset, DatasetSpec
+from vitask.data.spec import SPLITS, TASKS, Dataset, DatasetSpec
 
 FIELDS = {
     "name": str,
@@ -128,9 +128,9 @@ def _classes(label: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _counts(n_samples: dict[str, Any]) -> dict[str, int]:
-    good = sorted(n_samples) == sorted(PARTS) and all(
+    good = sorted(n_samples) == sorted(SPLITS) and all(
         type(count) is int and count > 0 for count in n_samples.values()
     )
     if not good:
-        raise ValueError(f"n_samples is {n_samples!r}; expected a count above 0 for {list(PARTS)}")
-    return {part: n_samples[part] for part in PARTS}
+        raise ValueError(f"n_samples is {n_samples!r}; expected a count above 0 for {list(SPLITS)}")
+    return {split: n_samples[split] for split in SPLITS}

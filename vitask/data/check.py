@@ -1,4 +1,4 @@
-"""Images that stand where they should not: in two parts, or under two labels.
+"""Images that stand where they should not: in two splits, or under two labels.
 
 Found by the hash of their pixel bytes, so only exact copies are seen; a copy that was resized or
 compressed again is another image here.
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vitask.data.spec import PARTS, Dataset
+from vitask.data.spec import SPLITS, Dataset
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Sets of ids of identical images in one dataset. Ids of a set are in order of the parts.
+    """Sets of ids of identical images in one dataset. Ids of a set are in order of the splits.
 
-    across:      identical images that stand in two or more parts: test images seen in training
-    within:      identical images inside one part, none of them elsewhere
+    across:      identical images that stand in two or more splits: test images seen in training
+    within:      identical images inside one split, none of them elsewhere
     conflicting: identical images with different labels, wherever they stand
-    groups:      groups (patients, lesions) with images in two or more parts
+    groups:      groups (patients, lesions) with images in two or more splits
     """
 
     dataset: str
@@ -31,16 +31,16 @@ class Duplicates:
 
     @property
     def clean(self) -> bool:
-        """Nothing is in two parts and no labels conflict; copies within a part may be there."""
+        """Nothing is in two splits and no labels conflict; copies within a split may be there."""
         return not (self.across or self.conflicting or self.groups)
 
     def lines(self, show: int = 3) -> list[str]:
         """The report as text, with the first few of each kind."""
         kinds = {
-            "image(s) that stand in two parts": self.across,
-            "image(s) that occur twice within a part": self.within,
+            "image(s) in two splits": self.across,
+            "image(s) that occur twice within a split": self.within,
             "image(s) with conflicting labels": self.conflicting,
-            "group(s) that stand in two parts": tuple((group,) for group in self.groups),
+            "group(s) in two splits": tuple((group,) for group in self.groups),
         }
         done = []
         for kind, found in kinds.items():
@@ -52,32 +52,32 @@ class Duplicates:
 
 
 def duplicates(dataset: Dataset) -> Duplicates:
-    """Identical images across and within parts, their conflicting labels, and torn groups."""
-    places = defaultdict(list)  # hash of the pixels -> (part, id, label bytes)
-    for part in PARTS:
-        split = dataset.splits[part]
-        for image, label, name in zip(split.images, split.labels, split.ids, strict=True):
+    """Identical images across and within splits, their conflicting labels, and torn groups."""
+    places = defaultdict(list)  # hash of the pixels -> (split, id, label bytes)
+    for split in SPLITS:
+        found = dataset.splits[split]
+        for image, label, name in zip(found.images, found.labels, found.ids, strict=True):
             pixels = np.ascontiguousarray(image).tobytes()
-            places[hashlib.sha256(pixels).digest()].append((part, str(name), label.tobytes()))
+            places[hashlib.sha256(pixels).digest()].append((split, str(name), label.tobytes()))
     copies = [same for same in places.values() if len(same) > 1]
-    torn = [same for same in copies if len({part for part, _, _ in same}) > 1]
+    torn = [same for same in copies if len({split for split, _, _ in same}) > 1]
     return Duplicates(
         dataset=dataset.spec.name,
         across=_ids(torn),
-        within=_ids([same for same in copies if len({part for part, _, _ in same}) == 1]),
+        within=_ids([same for same in copies if len({split for split, _, _ in same}) == 1]),
         conflicting=_ids([same for same in copies if len({label for _, _, label in same}) > 1]),
         groups=torn_groups(dataset),
     )
 
 
 def torn_groups(dataset: Dataset) -> tuple[str, ...]:
-    """Groups (patients, lesions) with images in two or more parts."""
-    parts = defaultdict(set)
-    for part in PARTS:
-        groups = dataset.splits[part].groups
+    """Groups (patients, lesions) with images in two or more splits."""
+    splits = defaultdict(set)
+    for split in SPLITS:
+        groups = dataset.splits[split].groups
         for group in () if groups is None else np.unique(groups):
-            parts[str(group)].add(part)
-    return tuple(group for group, found in parts.items() if len(found) > 1)
+            splits[str(group)].add(split)
+    return tuple(group for group, found in splits.items() if len(found) > 1)
 
 
 def _ids(found: list[list[tuple[str, str, bytes]]]) -> tuple[tuple[str, ...], ...]:

@@ -10,7 +10,7 @@ Grades 0 to 4 are RetinaMNIST's. What belongs to a set lies in a folder of its n
                 or proliferative, so that the answers of RetinaMNIST's grades 3 and 4 are one
                 class, which is no exact map
 
-Images are cut to their centre square and made `size` pixels. IDRiD keeps its own test part;
+Images are cut to their centre square and made `size` pixels. IDRiD keeps its own test split;
 others are divided by a fixed seed, stratified by grade: 60 % train, 10 % val, 30 % test.
 IDRiD_118 (train) is the same picture as IDRiD_064 (test) and is left out.
 Phantom: RetinaMNIST's phantom in other pictures, with a shift of its own for each set.
@@ -26,10 +26,10 @@ import pandas as pd
 from PIL import Image
 
 from vitask.data import phantom
-from vitask.data.spec import PARTS, Dataset, DatasetSpec, Split, ids
+from vitask.data.spec import SPLITS, Dataset, DatasetSpec, Split, ids
 
-Labelled = list[tuple[Path, int, str]]  # file, grade, part ("" where the set has none)
-SHARES = (0.6, 0.1, 0.3)  # of train, val, test where the set itself has no parts
+Labelled = list[tuple[Path, int, str]]  # file, grade, split ("" where the set has none)
+SHARES = (0.6, 0.1, 0.3)  # of train, val, test where the set itself has no splits
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".JPG")
 SAME_AS_TEST = {"IDRiD_118"}
 LAST_TWO_MERGED = {"messidor": "severe nonproliferative or proliferative retinopathy"}
@@ -57,17 +57,17 @@ def load(
         raise ValueError(f"{folder} holds no labelled image of {name}")
     labelled = _divided(labelled, name)
     digest, splits = hashlib.md5(usedforsecurity=False), {}
-    for part in PARTS:
-        mine = [(path, grade) for path, grade, own in labelled if own == part]
+    for split in SPLITS:
+        mine = [(path, grade) for path, grade, own in labelled if own == split]
         images = np.stack([_square(path, size) for path, _ in mine])
         labels = np.array([grade for _, grade in mine], dtype=np.int64)
-        files = np.array([f"{name}/{part}/{path.stem}" for path, _ in mine], dtype=np.str_)
-        splits[part] = Split(images, labels, files)
+        files = np.array([f"{name}/{split}/{path.stem}" for path, _ in mine], dtype=np.str_)
+        splits[split] = Split(images, labels, files)
         digest.update(images.tobytes() + labels.tobytes())
     spec = replace(
         retina,
         name=name,
-        n_samples={part: len(split) for part, split in splits.items()},
+        n_samples={name: len(split) for name, split in splits.items()},
         license="the publisher's own",
         source="vitask/data/external.py",
     )
@@ -85,7 +85,7 @@ def _folder(name: str, roots: Sequence[Path]) -> Path | None:
     return next((Path(root) / name for root in roots if (Path(root) / name).is_dir()), None)
 
 
-# One reader a set: folder -> files, grades, parts
+# One reader a set: folder -> files, grades, splits
 
 
 def _aptos(folder: Path) -> Labelled:
@@ -99,16 +99,16 @@ def _aptos(folder: Path) -> Labelled:
 def _idrid(folder: Path) -> Labelled:
     inner = folder / "B. Disease Grading"
     found: Labelled = []
-    for part, letter, images, labels in (
+    for split, letter, images, labels in (
         ("train", "a", "a. Training Set", "Training Labels"),
         ("test", "b", "b. Testing Set", "Testing Labels"),
     ):
         file = inner / "2. Groundtruths" / f"{letter}. IDRiD_Disease Grading_{labels}.csv"
         table = _table(file, ("Image name", "Retinopathy grade"))
         for name, grade in zip(table["Image name"], table["Retinopathy grade"], strict=True):
-            if part == "test" or name not in SAME_AS_TEST:
+            if split == "test" or name not in SAME_AS_TEST:
                 place = inner / "1. Original Images" / images
-                found.append((_image(place, str(name)), int(grade), part))
+                found.append((_image(place, str(name)), int(grade), split))
     return found
 
 
@@ -175,20 +175,20 @@ def _image(folder: Path, stem: str) -> Path:
 
 
 def _divided(labelled: Labelled, name: str) -> Labelled:
-    """Every image in a part: the set's own, val out of train, or by a fixed seed."""
+    """Every image in a split: the set's own, val out of train, or by a fixed seed."""
     rng = np.random.default_rng(list(name.encode()))
-    own = any(part for _, _, part in labelled)
-    parts = [part for _, _, part in labelled]
+    own = any(split for _, _, split in labelled)
+    splits = [split for _, _, split in labelled]
     grades = np.array([grade for _, grade, _ in labelled])
-    free = np.array([part != "test" for part in parts])
+    free = np.array([split != "test" for split in splits])
     shares = (1 - SHARES[1], SHARES[1], 0.0) if own else SHARES
     for grade in np.unique(grades):
         members = rng.permutation(np.flatnonzero(free & (grades == grade)))
         cuts = np.round(np.cumsum(shares)[:2] * len(members)).astype(int)
-        for part, chosen in zip(PARTS, np.split(members, cuts), strict=True):
+        for split, chosen in zip(SPLITS, np.split(members, cuts), strict=True):
             for place in chosen:
-                parts[place] = part
-    return [(path, g, part) for (path, g, _), part in zip(labelled, parts, strict=True)]
+                splits[place] = split
+    return [(path, g, split) for (path, g, _), split in zip(labelled, splits, strict=True)]
 
 
 def _square(path: Path, size: int) -> np.ndarray:
@@ -213,9 +213,9 @@ def _phantom(name: str, retina: DatasetSpec) -> Dataset:
     colour, contrast, sizes = SHIFTS[name]
     made = phantom.make(retina.name, sizes)
     splits = {}
-    for part, split in made.splits.items():
-        pixels = 128 + contrast * (split.images.astype(float) - 128)
-        seen = np.clip(pixels * np.array(colour), 0, 255).round().astype(np.uint8)
-        splits[part] = Split(seen, split.labels, ids(name, part, len(split)))
+    for split, base in made.splits.items():
+        pixels = 128 + contrast * (base.images.astype(float) - 128)
+        images = np.clip(pixels * np.array(colour), 0, 255).round().astype(np.uint8)
+        splits[split] = Split(images, base.labels, ids(name, split, len(base)))
     spec = replace(retina, name=name, source=f"{retina.source}, shifted")
     return Dataset(spec, splits, made.size, "phantom", made.md5, True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vitask.data.archive import file_md5, load_file
-from vitask.data.spec import PARTS, Dataset, DatasetSpec
+from vitask.data.spec import SPLITS, Dataset, DatasetSpec
 
 MODALITY = {
     "pathmnist": "colon pathology",
@@ -76,7 +76,7 @@ def spec(name: str) -> DatasetSpec:
         classes=RETINOPATHY_GRADES if name == "retinamnist" else classes,
         modality=MODALITY[name],
         n_channels=entry["n_channels"],
-        n_samples={part: entry["n_samples"][part] for part in PARTS},
+        n_samples={split: entry["n_samples"][split] for split in SPLITS},
         license=entry["license"],
         source=f"MedMNIST v{importlib.metadata.version('medmnist')}, medmnist/info.py",
         head=_SHARED_HEAD.get(name, name),
@@ -137,7 +137,7 @@ def download(name: str, size: int, root: Path, *, timeout_seconds: float = 60.0)
         )
     url = info()[name][f"url{_suffix(size)}"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             found = _fetch(url, file, path, md5, timeout_seconds)
@@ -146,10 +146,10 @@ def download(name: str, size: int, root: Path, *, timeout_seconds: float = 60.0)
                 f"{url} gave MD5 {found}, expected {md5}; nothing was kept. Try again: the "
                 "transfer may have broken off"
             )
-        os.chmod(part, 0o644)  # mkstemp's files are for their owner only
-        os.replace(part, path)
+        os.chmod(unfinished, 0o644)  # mkstemp's files are for their owner only
+        os.replace(unfinished, path)
     finally:
-        Path(part).unlink(missing_ok=True)
+        Path(unfinished).unlink(missing_ok=True)
     return path
 
 

@@ -1,6 +1,6 @@
 """phantom: a procedural stand-in for the 12 MedMNIST sets. It proves plumbing, not science.
 
-Names, classes, modalities, channels, tasks, parts and the imbalance of the classes are those of
+Names, classes, modalities, channels, tasks, splits and the imbalance of the classes are those of
 the real sets; the pictures are drawn by a program and no file is shipped or fetched.
 
 What tells the classes apart is fine-grained. Each picture carries PLACES small marks of 5 x 5
@@ -11,17 +11,17 @@ picture keeps its class, and come in pairs upside down of each other, which have
 spectrum. The same kinds serve all sets; OrganA, C and S share class marks, as they share classes.
 Colour, place, shape, brightness, contrast and noise vary at random and say nothing about the
 class (vitask/data/looks.py). LABEL_NOISE of the pictures are drawn after the label of another
-image of the same part, in every part.
+image of the same split, in every split.
 
 Approximate: TRAIN_COUNTS, written from the published class frequencies (Retina, Breast and
 Pneumonia checked against the real files, OrganC and OrganS rounded); val has the shares of train,
-and so has test except for OCTMNIST and PneumoniaMNIST; no class has a smaller share of a part than
-RAREST, else small parts would lack it; ChestMNIST's labels are drawn independently of each other
+and so has test except for OCTMNIST and PneumoniaMNIST; no class has a smaller share of a split than
+RAREST, else small splits would lack it; ChestMNIST's labels are drawn independently of each other
 among the images with a finding.
 
 The generator was fixed by two criteria and nothing else: a TSM on true labels is far above a
 linear probe of generic features, and one on shuffled labels is at chance. Measured with the
-default SIZES, mean macro-F1 over the 12 test parts, one seed: TSM of the recipe `pocket`
+default SIZES, mean macro-F1 over the 12 test splits, one seed: TSM of the recipe `pocket`
 (test_resnet, 30 epochs) 0.707, on shuffled labels of train and val 0.159; guessing at the
 frequencies of the classes 0.187, always the most frequent class 0.114. Logistic regression on the
 pixels at half size 0.189, on pooled features of a random ResNet-18 0.260, on histograms of
@@ -39,12 +39,13 @@ import numpy as np
 
 from vitask.data import medmnist
 from vitask.data.looks import LOOKS, SIZE, column
-from vitask.data.spec import PARTS, Dataset, DatasetSpec, Split, ids, shares
+from vitask.data.spec import SPLITS, Dataset, DatasetSpec, Split, ids
+from vitask.data.subset import shares
 
 PHANTOM_SEED = 2410_06456  # the paper's number on arXiv; fixed: the data are one and the same
 SIZES = (200, 60, 100)  # images in train, val, test
 LABEL_NOISE = 0.04  # share of pictures drawn after another image's label
-RAREST = 0.02  # smallest share of a class in a part
+RAREST = 0.02  # smallest share of a class in a split
 
 MARKS = 16  # kinds: ChestMNIST needs 14 and one for "no finding"
 MARK = 5  # side in pixels
@@ -87,32 +88,32 @@ def spec(name: str) -> DatasetSpec:
 def make(name: str, sizes: tuple[int, int, int] = SIZES) -> Dataset:
     """A stand-in with so many images in train, val and test; the same call, the same bytes.
 
-    Each part has its own stream of random numbers: it depends on its name and size alone, and
+    Each split has its own stream of random numbers: it depends on its name and size alone, and
     another size gives other pictures. `md5` is that of all images and labels; another processor or
     numpy may round a rare pixel the other way, and then says so by another MD5.
     """
-    if len(sizes) != len(PARTS) or min(sizes) < 1:
+    if len(sizes) != len(SPLITS) or min(sizes) < 1:
         raise ValueError(
             f"phantom sizes {tuple(sizes)} for {name}; expected three counts of 1 or more, for "
-            f"{', '.join(PARTS)}"
+            f"{', '.join(SPLITS)}"
         )
     described, splits = spec(name), {}
     digest = hashlib.md5(usedforsecurity=False)
-    for number, (part, count) in enumerate(zip(PARTS, sizes, strict=True)):
+    for number, (split, count) in enumerate(zip(SPLITS, sizes, strict=True)):
         rng = np.random.default_rng([PHANTOM_SEED, zlib.crc32(name.encode()), number])
-        labels = _labels(described, part, count, rng)
+        labels = _labels(described, split, count, rng)
         images = _draw(described, labels, rng)
-        splits[part] = Split(images, labels, ids(name, part, count))
+        splits[split] = Split(images, labels, ids(name, split, count))
         digest.update(images.tobytes() + labels.tobytes())
     return Dataset(described, splits, SIZE, "phantom", digest.hexdigest(), True)
 
 
-def _labels(spec: DatasetSpec, part: str, n: int, rng: np.random.Generator) -> np.ndarray:
+def _labels(spec: DatasetSpec, split: str, n: int, rng: np.random.Generator) -> np.ndarray:
     """int64 (n,) or (n, classes), in random order and with the real set's imbalance."""
     counts = np.array(TRAIN_COUNTS[spec.name], dtype=float)
     if spec.multi_label:
         return _label_sets(counts / spec.n_samples["train"], n, rng)
-    if part == "test" and spec.name in TEST_COUNTS:
+    if split == "test" and spec.name in TEST_COUNTS:
         counts = np.array(TEST_COUNTS[spec.name], dtype=float)
     share = np.maximum(counts / counts.sum(), RAREST)
     given = shares(np.round(share / share.sum() * 1e6), n)

@@ -1,4 +1,4 @@
-"""What a dataset is: its description, its parts, its images. The same form from every source."""
+"""What a dataset is: its description, its splits, its images. The same form from every source."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, binary-class")
-PARTS = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class DatasetSpec:
     classes: tuple[str, ...]  # index = label in the file; text = the answer the model must give
     modality: str  # fills {modality} in the instruction
     n_channels: int  # 1 | 3
-    n_samples: dict[str, int]  # per part, of the whole published set
+    n_samples: dict[str, int]  # per split, of the whole published set
     license: str
     source: str  # where every value above can be checked
     head: str  # the TSM's head: OrganA, C and S share one, every other set has its own name
@@ -44,9 +44,9 @@ class DatasetSpec:
                     f"{where}: class name {text!r}; expected a text without a semicolon, which "
                     "separates the names in an instruction"
                 )
-        if tuple(sorted(self.n_samples)) != tuple(sorted(PARTS)):
+        if tuple(sorted(self.n_samples)) != tuple(sorted(SPLITS)):
             raise ValueError(
-                f"{where}: n_samples has {sorted(self.n_samples)}; expected {list(PARTS)}"
+                f"{where}: n_samples has {sorted(self.n_samples)}; expected {list(SPLITS)}"
             )
 
     @classmethod
@@ -63,7 +63,7 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one part, in the order of their source.
+    """Images of one split, in the order of their source.
 
     images: uint8 (n, h, w) or (n, h, w, 3)
     labels: int64 (n,), or (n, classes) of 0 and 1 for multi-label
@@ -110,30 +110,6 @@ class Dataset:
     md5_ok: bool
 
 
-def ids(name: str, part: str, count: int) -> np.ndarray:
+def ids(name: str, split: str, count: int) -> np.ndarray:
     """str (count,): "breastmnist/test/000012"."""
-    return np.array([f"{name}/{part}/{i:06d}" for i in range(count)], dtype=np.str_)
-
-
-def shares(counts: np.ndarray, total: int) -> np.ndarray:
-    """Split `total` in proportion to `counts`, by largest remainder; int64, sums to `total`.
-
-    Nothing gets more than its count. Each non-empty entry gets at least 1 where total allows it,
-    else the largest entries get 1 each.
-    """
-    counts = np.asarray(counts, dtype=np.int64)
-    there = counts > 0
-    if total <= there.sum():
-        given = np.zeros_like(counts)
-        given[np.argsort(-counts, kind="stable")[:total]] = 1
-        return given
-    exact = total * counts / counts.sum()
-    given = np.minimum(np.maximum(np.floor(exact).astype(np.int64), there), counts)
-    while given.sum() != total:
-        if given.sum() < total:
-            room = np.where(given < counts, exact - given, -np.inf)
-            given[np.argmax(room)] += 1
-        else:
-            surplus = np.where(given > 1, given - exact, -np.inf)
-            given[np.argmax(surplus)] -= 1
-    return given
+    return np.array([f"{name}/{split}/{i:06d}" for i in range(count)], dtype=np.str_)

@@ -10,12 +10,13 @@ task of copying, whose random tokens make up most of the loss, and the heads sta
 stages the heads are gone, few pictures bring a copy, and the questions are what is left to learn.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
@@ -24,7 +25,8 @@ from kernels import IGNORE_INDEX, response_loss
 from vitask.pocket.pictures import Pictures, draw
 from vitask.pocket.questions import KINDS, LISTED, ORDINALS, Question, ask
 from vitask.prompts import response
-from vitask.vlm import VLM
+from vitask.tree import ROOT, Layout, Segment
+from vitask.vlm import VLM, Prompt
 
 SEEING_STEPS = 400
 # Stages of answering: steps, and every how many pictures bring a task of copying. Each has its own
@@ -39,17 +41,18 @@ WARMUP = 50  # steps
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One step. mask: bool (rows, 1, tokens, tokens); labels: (rows, tokens), already shifted.
+class PictureBatch:
+    """One step.
 
-    facts: kind -> (rows,), index of the true answer or IGNORE_INDEX
+    images: uint8 (rows, 32, 32, 3)
+    facts:  kind -> int64 (rows,), index of the true answer or IGNORE_INDEX
+    layout: one row a picture, with the image's tokens as "image"
+    labels: int64 (rows, tokens), already shifted, IGNORE_INDEX where no answer is predicted
     """
 
     images: np.ndarray
     facts: dict[str, Tensor]
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor
+    layout: Layout
     labels: Tensor
 
 
@@ -92,9 +95,7 @@ def _answer(
     for step in steps:
         batch = make_batch(vlm, np.random.default_rng([seed, step]), copying_every)
         features = _image_features(vlm, batch.images)
-        place = (batch.ids == vlm.processor.image_token_id).unsqueeze(-1)
-        embeddings = vlm.embed(batch.ids).masked_scatter(place, features)
-        hidden = vlm.hidden(embeddings, mask=batch.mask, positions=batch.positions)
+        hidden = row_hidden(vlm, batch.layout, features)
         keep = batch.labels != IGNORE_INDEX
         loss = response_loss(vlm.logits(hidden[keep]), batch.labels[keep])
         update(loss + heads(features, batch.facts) if heads else loss)
@@ -153,10 +154,17 @@ class FactHeads(nn.Module):
         return torch.stack(losses).mean()
 
 
-def make_batch(vlm: VLM, rng: np.random.Generator, copying_every: int = 1) -> Batch:
+def row_hidden(
+    vlm: VLM, layout: Layout, features: Float[Tensor, "rows image_tokens hidden"]
+) -> Float[Tensor, "rows tokens hidden"]:
+    """Last hidden states of a batch's rows, with the image features at their places."""
+    embeddings = layout.embeddings(vlm.embed, {"image": features})
+    return vlm.hidden(embeddings, mask=layout.mask, positions=layout.positions)
+
+
+def make_batch(vlm: VLM, rng: np.random.Generator, copying_every: int = 1) -> PictureBatch:
     """Pictures with random questions that they settle, some with one task of copying."""
     pictures = draw(PICTURES, rng)
-    image = [vlm.processor.image_token_id] * vlm.processor.image_seq_length
     rows = []
     for i in range(PICTURES):
         kinds = [kind for kind in KINDS if pictures.facts[kind][i] >= 0]
@@ -165,10 +173,8 @@ def make_batch(vlm: VLM, rng: np.random.Generator, copying_every: int = 1) -> Ba
         if i % copying_every == 0:
             asked.append(copying(vlm, rng))
         turns = [(vlm.prompt(q.instruction), vlm.response_ids(response(q.answer))) for q in asked]
-        before = turns[0][0].before
-        rows.append(([*before, *image], [(list(p.after), list(r)) for p, r in turns]))
-    pad = vlm.processor.tokenizer.pad_token_id
-    return collate(pictures.images, settled(pictures), rows, pad)
+        rows.append(turns)
+    return collate(vlm, pictures.images, settled(pictures), rows)
 
 
 def copying(vlm: VLM, rng: np.random.Generator) -> Question:
@@ -188,38 +194,23 @@ def copying(vlm: VLM, rng: np.random.Generator) -> Question:
 
 
 def collate(
+    vlm: VLM,
     images: np.ndarray,
     facts: dict[str, Tensor],
-    rows: list[tuple[list[int], list[tuple[list[int], list[int]]]]],
-    pad: int,
-) -> Batch:
-    """(prefix ids, [(question ids, answer ids), ...]) of every picture -> one padded batch."""
-    longest = max(
-        len(prefix) + sum(len(q) + len(a) - 1 for q, a in turns) for prefix, turns in rows
-    )
-    shape = (len(rows), longest)
-    ids = np.full(shape, pad)
-    positions = np.zeros(shape, dtype=np.int64)
-    labels = np.full(shape, IGNORE_INDEX)
-    segment = np.full(shape, -1)  # 0: the shared prefix, 1..: questions, -1: padding
-    for row, (prefix, turns) in enumerate(rows):
-        end = len(prefix)
-        ids[row, :end], positions[row, :end], segment[row, :end] = prefix, np.arange(end), 0
-        for number, (question, answer) in enumerate(turns, start=1):
-            start, tokens = end, question + answer[:-1]
-            end = start + len(tokens)
-            ids[row, start:end] = tokens
-            positions[row, start:end] = len(prefix) + np.arange(len(tokens))
-            segment[row, start:end] = number
-            labels[row, end - len(answer) : end] = answer
-    mine = torch.from_numpy(segment)
-    seen = (mine[:, None] == 0) | (mine[:, None] == mine[:, :, None])
-    mask = seen & torch.ones(longest, longest, dtype=torch.bool).tril()
-    return Batch(
-        images,
-        facts,
-        torch.from_numpy(ids),
-        torch.from_numpy(positions),
-        mask[:, None],
-        torch.from_numpy(labels),
-    )
+    rows: Sequence[Sequence[tuple[Prompt, tuple[int, ...]]]],
+) -> PictureBatch:
+    """Of every picture its questions, as (prompt, response ids), in one row that branches."""
+    places = vlm.processor.image_seq_length
+    segments: list[list[Segment]] = []
+    for turns in rows:
+        row = [Segment(ROOT, turns[0][0].before), Segment(0, (0,) * places, "image")]
+        for prompt, answer in turns:
+            row += [Segment(1, prompt.after), Segment(len(row), answer[:-1])]
+        segments.append(row)
+    layout = Layout.of(segments)
+    labels = torch.full_like(layout.ids, IGNORE_INDEX)
+    for number, turns in enumerate(rows):
+        for turn, (_, answer) in enumerate(turns):
+            columns = layout.predicting(number, 2 * turn + 3, len(answer))
+            labels[number, columns] = torch.tensor(answer)
+    return PictureBatch(images, facts, layout, labels)

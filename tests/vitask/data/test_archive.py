@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vitask import data
-from vitask.data import PARTS, card, medmnist
+from vitask.data import SPLITS, card, medmnist
 from vitask.data.archive import file_md5, load_file
 
 COUNTS = {"train": 9, "val": 4, "test": 5}
@@ -25,7 +25,7 @@ def small(name: str):
 def arrays(spec, size: int = 28, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     done = {}
-    for part in PARTS:
+    for part in SPLITS:
         n, channels = spec.n_samples[part], (3,) if spec.n_channels == 3 else ()
         done[f"{part}_images"] = rng.integers(0, 256, (n, size, size, *channels), dtype=np.uint8)
         shape, top = (
@@ -245,7 +245,7 @@ def test_a_card_of_every_form_is_loaded(name, tmp_path):
 
 def test_groups_of_a_card_come_along(tmp_path):
     spec = small("breastmnist")
-    groups = {f"{part}_groups": np.array([f"p{i}" for i in range(COUNTS[part])]) for part in PARTS}
+    groups = {f"{part}_groups": np.array([f"p{i}" for i in range(COUNTS[part])]) for part in SPLITS}
     write_own(tmp_path, spec, more=groups)
     split = data.load("own", source="medmnist", roots=[tmp_path]).splits["train"]
     assert split.take([3, 1]).groups.tolist() == ["p3", "p1"]

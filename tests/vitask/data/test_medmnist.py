@@ -4,15 +4,11 @@ import hashlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from vitask import data
 from vitask.data import medmnist
-from vitask.recipes import MEDMNIST_2D
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("name", medmnist.NAMES)
@@ -30,23 +26,25 @@ def test_every_entry_is_medmnists_own(name):
 
 def test_the_twelve_sets_as_the_paper_counts_them():
     specs = data.specs("medmnist")
-    assert tuple(specs) == medmnist.NAMES == MEDMNIST_2D == data.names("phantom")
+    assert tuple(specs) == medmnist.NAMES == data.names("phantom")
     assert len({s.modality for s in specs.values()}) == 9
     assert sum({s.head: len(s.classes) for s in specs.values()}.values()) == 70
     assert [n for n, s in specs.items() if s.multi_label] == ["chestmnist"]
     assert len({s.classes for s in specs.values() if s.head == "organ"}) == 1
-    totals = [sum(s.n_samples[part] for s in specs.values()) for part in data.PARTS]
+    totals = [sum(s.n_samples[part] for s in specs.values()) for part in data.SPLITS]
     assert totals == [518_175, 70_467, 119_320]
 
 
-def test_reading_info_imports_neither_medmnist_nor_torch_and_makes_no_folder(tmp_path):
+def test_reading_info_imports_neither_medmnist_nor_torch_and_makes_no_folder(
+    tmp_path, pytestconfig
+):
     code = (
         "import sys; from vitask import data; from vitask.data import medmnist; "
         "assert medmnist.spec('breastmnist').classes[0] == 'malignant'; "
         "data.load('breastmnist', source='phantom', phantom_sizes=(4, 2, 2)); "
         "print([m for m in ('medmnist', 'torch', 'pandas') if m in sys.modules])"
     )
-    env = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(pytestconfig.rootpath)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )

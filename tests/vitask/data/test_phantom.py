@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vitask import data
-from vitask.data import PARTS, check, medmnist, phantom
+from vitask.data import SPLITS, check, medmnist, phantom
 
 SIZES = (120, 50, 60)
 
@@ -23,7 +23,7 @@ def test_has_the_form_of_the_real_set(name, made):
     assert (dataset.source, dataset.size, dataset.md5_ok) == ("phantom", 28, True)
     assert "phantom" in spec.source
     assert data.specs("phantom")[name] == spec
-    for part, n in zip(PARTS, SIZES, strict=True):
+    for part, n in zip(SPLITS, SIZES, strict=True):
         split = dataset.splits[part]
         assert split.images.dtype == np.uint8
         assert split.labels.dtype == np.int64

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitask import data
-from vitask.data import PARTS, Dataset, Split, check, medmnist
-from vitask.data.spec import shares
+from vitask.data import SPLITS, Dataset, Split, check, medmnist
+from vitask.data.subset import shares, strata
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12), st.data())
@@ -54,9 +54,9 @@ def test_a_subset_is_stratified_ordered_and_repeatable(sets, name, train, seed):
     np.testing.assert_array_equal(split.labels, source.labels[at])
     again = data.subset(whole, train=train, seed=seed)
     assert again.splits["train"].ids.tolist() == split.ids.tolist()
-    strata = data.strata(source.labels)
-    if train >= len(np.unique(strata)):
-        assert set(strata[at]) == set(strata)
+    stratum = strata(source.labels)
+    if train >= len(np.unique(stratum)):
+        assert set(stratum[at]) == set(stratum)
 
 
 def test_other_seeds_give_other_images_and_limits_are_checked(sets):
@@ -70,14 +70,14 @@ def test_other_seeds_give_other_images_and_limits_are_checked(sets):
 
 def test_strata_of_multi_label_rows():
     labels = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 1]])
-    assert data.strata(labels).tolist() == [0, 1, -1, 2]
+    assert strata(labels).tolist() == [0, 1, -1, 2]
 
 
 def planted() -> Dataset:
     """Six images a part; three faults: across, within, and under two labels."""
     rng = np.random.default_rng(0)
     splits = {}
-    for part in PARTS:
+    for part in SPLITS:
         images = rng.integers(0, 256, (6, 28, 28), dtype=np.uint8)
         names = np.array([f"own/{part}/{i:06d}" for i in range(6)])
         groups = np.array([f"{part}{i}" for i in range(6)], dtype="U8")
@@ -103,6 +103,6 @@ def test_planted_duplicates_are_found():
     assert report.groups == ("train3",)
     assert not report.clean
     text = "\n".join(report.lines())
-    assert "own: 1 image(s) that stand in two parts" in text
+    assert "own: 1 image(s) in two splits" in text
     assert "own/test/000002" in text
     assert "and 1 more" in "\n".join(report.lines(show=1))

@@ -1,0 +1,90 @@
+"""One form from every source: which datasets there are, their descriptions, their images.
+
+medmnist   the 12 2D sets of MedMNIST, and custom sets in its key layout with a JSON card
+phantom    a procedural stand-in for the same 12, which proves plumbing and no science
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from vitask.data import card, medmnist, phantom
+from vitask.data.spec import Dataset, DatasetSpec
+
+SOURCES = ("medmnist", "phantom")
+
+Sizes = tuple[int, int, int]  # images in train, val, test
+
+
+def names(source: str = "medmnist", roots: Sequence[Path] = ()) -> tuple[str, ...]:
+    """The 12 official names; for "medmnist" also the sets in the roots that have a card."""
+    _check_source(source)
+    custom = card.names(roots) if source == "medmnist" else ()
+    return (*medmnist.NAMES, *(name for name in custom if name not in medmnist.NAMES))
+
+
+def specs(source: str = "medmnist", roots: Sequence[Path] = ()) -> dict[str, DatasetSpec]:
+    """Descriptions by name, without reading an image."""
+    return {name: spec(name, source=source, roots=roots) for name in names(source, roots)}
+
+
+def spec(name: str, *, source: str = "medmnist", roots: Sequence[Path] = ()) -> DatasetSpec:
+    """The description of one dataset; for an unknown name, a ValueError names the nearest."""
+    _check_source(source)
+    if name in medmnist.NAMES:
+        return phantom.spec(name) if source == "phantom" else medmnist.spec(name)
+    if source == "medmnist" and card.begun(name, roots):
+        return card.read_card(card.find(name, roots))
+    raise _unknown(name, names(source, roots), roots)
+
+
+def load(
+    name: str,
+    *,
+    source: str,
+    roots: Sequence[Path] = (),
+    size: int = 28,
+    allow_unverified: Collection[str] = (),
+    phantom_sizes: Sizes | Mapping[str, Sizes] | None = None,
+) -> Dataset:
+    """One dataset with all its images, after every check.
+
+    source:           "medmnist" (official sets, and custom ones with a card) | "phantom"
+    roots:            folders that hold the files, searched in order
+    size:             side of the source images in pixels
+    allow_unverified: names of official sets whose MD5 may differ (then `md5_ok` is False)
+    phantom_sizes:    images in train, val and test, for all sets or by name
+
+    A ValueError names the file, what was expected, what was found and what to do.
+    """
+    _check_source(source)
+    for allowed in allow_unverified:
+        if allowed not in medmnist.NAMES:
+            raise _unknown(allowed, medmnist.NAMES, ())
+    custom = source == "medmnist" and card.begun(name, roots)
+    if name not in (known := names(source, roots)) and not custom:
+        raise _unknown(name, known, roots)
+    if source == "phantom":
+        if size != phantom.SIZE:
+            raise ValueError(
+                f"phantom images have {phantom.SIZE} pixels, not {size}; use a recipe with "
+                f"source_size={phantom.SIZE}, or real data"
+            )
+        if isinstance(phantom_sizes, Mapping):
+            phantom_sizes = phantom_sizes.get(name)
+        return phantom.make(name, phantom_sizes or phantom.SIZES)
+    if name in medmnist.NAMES:
+        return medmnist.load(name, roots, size=size, allow_unverified=allow_unverified)
+    return card.load(name, roots, size=size)
+
+
+def _check_source(source: str) -> None:
+    if source not in SOURCES:
+        near = get_close_matches(source, SOURCES) or list(SOURCES)
+        raise ValueError(f"no data source {source!r}; did you mean {' or '.join(near)}?")
+
+
+def _unknown(name: str, known: Sequence[str], roots: Sequence[Path]) -> ValueError:
+    near = get_close_matches(name, known) or list(known)
+    searched = f" (cards looked for in {', '.join(map(str, roots))})" if roots else ""
+    return ValueError(f"no dataset {name!r}{searched}; did you mean {' or '.join(near)}?")
