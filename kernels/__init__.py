@@ -1,4 +1,4 @@
-"""Losses of VITask over the language model's head, fused. Imports torch, triton, jaxtyping only."""
+"""Fused VITask losses over the language model's head. Imports torch, triton and jaxtyping only."""
 
 from kernels.linear import (
     VITaskLosses,
@@ -7,7 +7,8 @@ from kernels.linear import (
     linear_rda,
     linear_vitask,
 )
-from kernels.reference import IGNORE_INDEX, crt_loss, rda_loss, response_loss
+from kernels.problem import IGNORE_INDEX
+from kernels.reference import crt_loss, rda_loss, response_loss
 
 __all__ = [
     "linear_vitask",

@@ -1,119 +1,161 @@
-"""The joint loss as one node of the graph, with its gradient.
+"""The joint loss as one node of the autograd graph.
 
-The forward pass computes the gradients too, from the logits while these exist, and keeps only
-what is as large as the hidden rows; the backward pass scales them. Graphs (torch.compile, export)
-see a custom operation; plain eager calls take the same two functions through autograd's own
-`Function`, which spares them the dispatcher: 0.4 ms a step, as much as a small loss takes.
+The forward pass computes the gradients as well, while the logits exist, and keeps only tensors as
+large as the hidden rows. The backward pass scales them.
+
+Compiled and exported graphs see a custom operation. Eager calls run the same two functions through
+`torch.autograd.Function`: the dispatcher of custom operations takes 0.4 ms per step, as long as a
+small loss.
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import reduce
+from importlib import import_module
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.chunked import chunked_rows
 from kernels.problem import Problem, Result, Wanted
 
-# The fields of `Problem`, those of `Wanted`, and which implementation: "cpu" or "triton".
+
+def joint_loss(problem: Problem, *, module: str) -> tuple[Tensor, Tensor]:
+    """Total () and losses (4,), or (rows,) and (4, rows) without `mean`; in nats.
+
+    module: the file in this folder that computes them: "cpu" or "cuda". Only the total carries a
+    gradient.
+    """
+    hidden, exemplar, grad = problem.hidden, problem.exemplar, torch.is_grad_enabled()
+    # The exemplar branch gets a gradient from its response, and from rda if it is not detached.
+    from_exemplar = problem.loss_weights[1] != 0 or not problem.detach_exemplar
+    wanted = Wanted(
+        hidden=grad and (hidden.requires_grad or problem.negative.requires_grad),
+        exemplar=grad and exemplar.requires_grad and from_exemplar,
+        weight=grad and problem.weight.requires_grad,
+    )
+    inputs = _flatten(problem, wanted, module)
+    if torch.compiler.is_compiling() or type(hidden) not in (Tensor, torch.nn.Parameter):
+        total, losses, _, _ = joint_loss_op(*inputs)
+        return total, losses
+    return _Eager.apply(*inputs)
+
+
+# Autograd and custom operations take flat arguments: the fields of `Problem` in their order, those
+# of `Wanted` as a list, and the module. Nothing else in this package depends on that order.
+
 INPUTS = (
     "Tensor hidden, Tensor exemplar, Tensor? exemplar_rows, Tensor negative, "
-    "Tensor? negative_rows, Tensor weight, Tensor labels, float[] weights, "
-    "bool detach_exemplar, bool mean, bool[] wanted, str implementation"
+    "Tensor? negative_rows, Tensor weight, Tensor labels, float[] loss_weights, "
+    "bool detach_exemplar, bool mean, bool[] wanted, str module"
 )
-TENSORS = 7  # of them
+TENSORS = 7  # the first of them
 
 
-def _split(inputs: tuple[Any, ...]) -> tuple[Problem, Wanted, str]:
-    *fields, wanted, implementation = inputs
-    return Problem(*fields), Wanted(*wanted), implementation
+class Gradients(NamedTuple):
+    """Of the total with respect to the tensors of a problem; None where it is not wanted."""
+
+    hidden: Tensor | None
+    exemplar: Tensor | None
+    negative: Tensor | None
+    weight: Tensor | None
 
 
-def _computed(
-    implementation: str, problem: Problem, wanted: Wanted, row_scale: Tensor | None = None
+def _flatten(problem: Problem, wanted: Wanted, module: str) -> tuple[Any, ...]:
+    return *problem, tuple(wanted), module
+
+
+def _unflatten(inputs: Sequence[Any]) -> tuple[Problem, Wanted, str]:
+    *fields, wanted, module = inputs
+    return Problem(*fields), Wanted(*wanted), module
+
+
+def _flatten_gradients(gradients: Gradients) -> tuple[Tensor | None, ...]:
+    """One gradient per flat argument, as autograd expects them."""
+    hidden, exemplar, negative, weight = gradients
+    return hidden, exemplar, None, negative, None, weight, *(None,) * 6
+
+
+def _compute(
+    problem: Problem, wanted: Wanted, module: str, row_scale: Tensor | None = None
 ) -> Result:
-    """What the named implementation computes, in its own dtypes whatever autocast says."""
+    """Call the module's `compute`. Autocast is off: an implementation chooses its dtypes."""
     device = problem.hidden.device.type
-    as_is = not torch.is_autocast_enabled(device)
-    with nullcontext() if as_is else torch.autocast(device, enabled=False):
-        if implementation == "cpu":
-            return chunked_rows(problem, wanted, row_scale)
-        from kernels.rows import triton_rows  # where there is no Triton, the rest works
-
-        return triton_rows(problem, wanted, row_scale)
+    is_off = not torch.is_autocast_enabled(device)
+    with nullcontext() if is_off else torch.autocast(device, enabled=False):
+        # Imported here, so that "cpu" works without Triton.
+        return import_module(f"kernels.{module}").compute(problem, wanted, row_scale)
 
 
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Total () and parts (4,), or (rows,) and (4, rows); gradients of the rows and of the head.
+def _forward(
+    problem: Problem, wanted: Wanted, module: str
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Total () and losses (4,), or (rows,) and (4, rows); gradients of the rows and of the head.
 
-    Gradients are those of the total (without `mean`: of its sum), in the dtype that is computed
-    in. Without `mean` the head's own gradient depends on what comes from above and is left to the
-    backward pass.
+    The gradients are those of the total (without `mean`: of its sum), in the dtype of the
+    computation. Without `mean` the gradient of the head depends on the incoming gradient, so that
+    the backward pass computes it.
     """
-    problem, wanted, implementation = _split(inputs)
     now = wanted if problem.mean else wanted._replace(weight=False)
-    result = _computed(implementation, problem, now)
-    weighted = zip(problem.weights, result.losses, strict=True)
-    total = reduce(add, (weight * part for weight, part in weighted if weight))
+    result = _compute(problem, now, module)
+    weighted = zip(problem.loss_weights, result.losses, strict=True)
+    total = reduce(add, (weight * loss for weight, loss in weighted if weight))
     return total, *result
 
 
 def _backward(
-    above: Tensor, row_gradient: Tensor | None, head_gradient: Tensor | None, *inputs: Any
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, exemplar and negative rows and of the head; None for those not wanted.
+    above: Tensor,
+    row_gradient: Tensor | None,
+    head_gradient: Tensor | None,
+    problem: Problem,
+    wanted: Wanted,
+    module: str,
+) -> Gradients:
+    """Gradients of the problem's tensors, in their dtypes.
 
-    above: of the total, () or (rows,); row_gradient, head_gradient: as `_forward` gave them
+    above: the incoming gradient of the total, () or (rows,)
+    row_gradient, head_gradient: as `_forward` returned them
     """
-    problem, wanted, implementation = _split(inputs)
     ends = _ends(problem)
 
-    def scaled(start: int, end: int, own: Tensor | None) -> Tensor:
+    def scaled(start: int, end: int, base_row: Tensor | None) -> Tensor:
         assert row_gradient is not None
         gradient = row_gradient[start:end]
         if problem.mean:  # `above` is one number
             return (gradient * above).to(problem.hidden.dtype)
-        factor = above if own is None else above[own.clamp(0, len(above) - 1)]
+        factor = above if base_row is None else above[base_row.clamp(0, len(above) - 1)]
         return (gradient * factor[:, None]).to(problem.hidden.dtype)
 
-    of_hidden = of_exemplar = of_negative = of_weight = None
+    hidden = exemplar = negative = weight = None
     if wanted.hidden:
-        of_hidden = scaled(0, ends[0], None)
+        hidden = scaled(0, ends[0], None)
         if ends[1] > ends[0]:
-            of_negative = scaled(ends[0], ends[1], problem.negative_rows)
+            negative = scaled(ends[0], ends[1], problem.negative_rows)
     if wanted.exemplar:
-        of_exemplar = scaled(ends[1], ends[2], problem.exemplar_rows)
+        exemplar = scaled(ends[1], ends[2], problem.exemplar_rows)
     if wanted.weight and problem.mean:
         assert head_gradient is not None
-        of_weight = (head_gradient * above).to(problem.weight.dtype)
-    elif wanted.weight:  # each row's part is scaled by its own: computed anew
+        weight = (head_gradient * above).to(problem.weight.dtype)
+    elif wanted.weight:  # each row has a factor of its own: compute it anew
         only = Wanted(hidden=False, exemplar=False, weight=True)
-        anew = _computed(implementation, problem, only, above.to(problem.dtype)).weight
+        anew = _compute(problem, only, module, above.to(problem.dtype)).weight
         assert anew is not None
-        of_weight = anew.to(problem.weight.dtype)
-    return of_hidden, of_exemplar, of_negative, of_weight
+        weight = anew.to(problem.weight.dtype)
+    return Gradients(hidden, exemplar, negative, weight)
 
 
 def _given(problem: Problem, wanted: Wanted) -> tuple[bool, bool, bool, bool]:
-    """Which of the gradients of `_backward` are not None."""
+    """Which of the `Gradients` that `_backward` returns are not None."""
     negative = wanted.hidden and len(problem.negative) > 0
     return wanted.hidden, wanted.exemplar, negative, wanted.weight
 
 
 def _ends(problem: Problem) -> tuple[int, int, int]:
-    """Where base, negative and exemplar rows end in the stack of all."""
+    """Where base, negative and exemplar rows end in the stack of all rows."""
     base, negative = len(problem.hidden), len(problem.negative)
     return base, base + negative, base + negative + len(problem.exemplar)
-
-
-def _of_inputs(gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Gradients as autograd asks for them, one for each input."""
-    of_hidden, of_exemplar, of_negative, of_weight = gradients
-    return of_hidden, of_exemplar, None, of_negative, None, of_weight, *(None,) * 6
 
 
 class _Eager(torch.autograd.Function):
@@ -121,23 +163,25 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        total, parts, *gradients = _forward(*inputs)
+        total, losses, *gradients = _forward(*_unflatten(inputs))
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(parts)
+        ctx.mark_non_differentiable(losses)
         ctx.save_for_backward(*gradients, *inputs[:TENSORS])
         ctx.settings = inputs[TENSORS:]
-        return total, parts
+        return total, losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, above: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if above is None:
             return (None,) * len(ctx.needs_input_grad)
-        return _of_inputs(_backward(above, *ctx.saved_tensors, *ctx.settings))
+        row_gradient, head_gradient, *tensors = ctx.saved_tensors
+        inputs = _unflatten((*tensors, *ctx.settings))
+        return _flatten_gradients(_backward(above, row_gradient, head_gradient, *inputs))
 
 
-# For graphs: the same as custom operations, which cannot give None. Instead they give tensors
-# without elements, whose shapes the fakes know beforehand.
+# For graphs, the same two functions are custom operations. These cannot return None. They return
+# tensors without elements instead, whose shapes the fakes know beforehand.
 
 
 def _or_empty(results: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor, ...]:
@@ -146,11 +190,14 @@ def _or_empty(results: Sequence[Tensor | None], device: torch.device) -> tuple[T
 
 
 def _forward_filled(*inputs: Any) -> tuple[Tensor, ...]:
-    return _or_empty(_forward(*inputs), inputs[0].device)
+    return _or_empty(_forward(*_unflatten(inputs)), inputs[0].device)
 
 
-def _backward_filled(*inputs: Any) -> tuple[Tensor, ...]:
-    return _or_empty(_backward(*inputs), inputs[0].device)
+def _backward_filled(
+    above: Tensor, row_gradient: Tensor, head_gradient: Tensor, *inputs: Any
+) -> tuple[Tensor, ...]:
+    gradients = _backward(above, row_gradient, head_gradient, *_unflatten(inputs))
+    return _or_empty(gradients, above.device)
 
 
 joint_loss_op = torch.library.custom_op(
@@ -170,12 +217,12 @@ joint_loss_backward_op = torch.library.custom_op(
 
 @joint_loss_op.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
-    problem, wanted, _ = _split(inputs)
+    problem, wanted, _ = _unflatten(inputs)
     shape = () if problem.mean else problem.labels.shape
     of_rows = of_weight = None
     if wanted.hidden or wanted.exemplar:
-        kept = _ends(problem)[2 if wanted.exemplar else 1]
-        of_rows = problem.hidden.new_empty(kept, problem.hidden.shape[1], dtype=problem.dtype)
+        stacked = _ends(problem)[2 if wanted.exemplar else 1]
+        of_rows = problem.hidden.new_empty(stacked, problem.hidden.shape[1], dtype=problem.dtype)
     if wanted.weight and problem.mean:
         of_weight = problem.weight.new_empty(problem.weight.shape, dtype=problem.dtype)
     losses = (problem.hidden.new_empty(s, dtype=problem.dtype) for s in (shape, (4, *shape)))
@@ -186,16 +233,16 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 def _(
     above: Tensor, row_gradient: Tensor, head_gradient: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
-    problem, wanted, _ = _split(inputs)
+    problem, wanted, _ = _unflatten(inputs)
     of = (problem.hidden, problem.exemplar, problem.negative, problem.weight)
     made = zip(of, _given(problem, wanted), strict=True)
     return _or_empty([x.new_empty(x.shape) if given else None for x, given in made], above.device)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, parts, row_gradient, head_gradient = output
+    _, losses, row_gradient, head_gradient = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(parts, row_gradient, head_gradient)
+    ctx.mark_non_differentiable(losses, row_gradient, head_gradient)
     ctx.save_for_backward(row_gradient, head_gradient, *inputs[:TENSORS])
     ctx.settings = inputs[TENSORS:]
 
@@ -203,19 +250,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _in_graph(ctx: Any, above: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
     if above is None:
         return (None,) * len(ctx.needs_input_grad)
-    inputs = *ctx.saved_tensors[2:], *ctx.settings
-    gradients = joint_loss_backward_op(above, *ctx.saved_tensors[:2], *inputs)
-    problem, wanted, _ = _split(inputs)
-    made = zip(gradients, _given(problem, wanted), strict=True)
-    return _of_inputs([gradient if given else None for gradient, given in made])
+    row_gradient, head_gradient, *tensors = ctx.saved_tensors
+    inputs = (*tensors, *ctx.settings)
+    filled = joint_loss_backward_op(above, row_gradient, head_gradient, *inputs)
+    problem, wanted, _ = _unflatten(inputs)
+    made = zip(filled, _given(problem, wanted), strict=True)
+    return _flatten_gradients(Gradients(*(x if given else None for x, given in made)))
 
 
 joint_loss_op.register_autograd(_in_graph, setup_context=_setup)
-
-
-def joint_loss(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    """Total () and parts (4,), or (rows,) and (4, rows); arguments as in INPUTS."""
-    if torch.compiler.is_compiling() or type(hidden) not in (Tensor, torch.nn.Parameter):
-        total, parts, _, _ = joint_loss_op(hidden, *others)
-        return total, parts
-    return _Eager.apply(hidden, *others)

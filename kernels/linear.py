@@ -1,11 +1,14 @@
-"""Losses over hidden rows and the language model's head: logits are made, used and dropped inside.
+"""Losses over hidden rows and the head of the language model, without keeping the logits.
 
-Four operations, one implementation: the joint loss of `kernels/problem.py` with the branches and
-weights that each needs. Losses are in nats, the mean over counted rows or, with
-`reduction="none"`, per row; computed in float32, or in float64 when given float64.
+Each of the four operations checks its arguments, builds one `Problem` (the joint loss of
+`kernels/problem.py` with the branches and loss weights that it needs) and hands that to an
+implementation. Losses are in nats: the mean over the counted rows, or per row with
+`reduction="none"`. They are computed in float32, or in float64 for float64 inputs.
 """
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -14,16 +17,25 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.joint import joint_loss
-from kernels.problem import all_owned, check_values, counted, slots
-from kernels.reference import Reduction
+from kernels.problem import Problem, Reduction, check_values
 
 Implementation = Literal["reference", "cpu", "triton"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton reads it, at import
 
+# Each returns the total () and the losses (4,), or (rows,) and (4, rows) without `mean`.
+IMPLEMENTATIONS: dict[Implementation, Callable[[Problem], tuple[Tensor, Tensor]]] = {
+    "reference": reference.joint_loss,
+    "cpu": partial(joint_loss, module="cpu"),
+    "triton": partial(joint_loss, module="cuda"),
+}
+
 
 class VITaskLosses(NamedTuple):
-    """The sum that is minimised, and its parts without gradient, for the log; nats per token."""
+    """The total to minimise, and its four losses without gradient; nats per token.
+
+    Shapes: () for the mean, (rows,) with `reduction="none"`.
+    """
 
     total: Tensor
     response: Tensor
@@ -42,14 +54,17 @@ def linear_cross_entropy(
 ) -> Float[Tensor, "*rows"]:
     """Next-token cross-entropy of hidden Wᵀ: `kernels.reference.response_loss` (eq. 1, 2).
 
-    Gradients into `hidden`, and into `weight` if it asks for one. Raises ValueError for inputs
-    that do not fit each other; labels on CUDA are not looked at: a row whose label lies outside
-    the vocabulary has loss NaN and no gradient.
+    Shape () for the mean, (rows,) with `reduction="none"`; in nats. Gradients flow into `hidden`,
+    and into `weight` if it requires one.
+
+    implementation: "reference" (plain PyTorch, whole logits), "cpu" (chunks of rows) or "triton";
+    None chooses by device.
+
+    Raises ValueError for inputs that do not fit together. Labels on CUDA are not checked: a row
+    with a label outside the vocabulary has loss NaN and a zero gradient.
     """
-    total, _ = _losses(
-        hidden, weight, labels, None, None, None, None,
-        (1.0, 0.0, 0.0, 0.0), True, reduction, implementation,
-    )  # fmt: skip
+    problem = _problem(hidden, weight, labels, (1.0, 0.0, 0.0, 0.0), reduction)
+    total, _ = _losses(problem, implementation)
     return total
 
 
@@ -65,14 +80,15 @@ def linear_rda(
 ) -> Float[Tensor, "*rows"]:
     """KL(softmax(hidden Wᵀ) || softmax(exemplar_hidden Wᵀ)): `kernels.reference.rda_loss` (eq. 3).
 
-    The exemplar side is a constant, in `exemplar_hidden` and in `weight`, unless
-    `detach_exemplar=False`. Errors as in `linear_cross_entropy`.
+    The exemplar side is a constant, for `exemplar_hidden` and for `weight`, unless
+    `detach_exemplar=False`. Result, implementations and errors as in `linear_cross_entropy`.
     """
     _same_rows("exemplar_hidden", exemplar_hidden, hidden)
-    total, _ = _losses(
-        hidden, weight, labels, exemplar_hidden, None, None, None,
-        (0.0, 0.0, 1.0, 0.0), detach_exemplar, reduction, implementation,
+    problem = _problem(
+        hidden, weight, labels, (0.0, 0.0, 1.0, 0.0), reduction,
+        exemplar_hidden=exemplar_hidden, detach_exemplar=detach_exemplar,
     )  # fmt: skip
+    total, _ = _losses(problem, implementation)
     return total
 
 
@@ -87,21 +103,23 @@ def linear_crt(
 ) -> Float[Tensor, "*rows"]:
     """Cross-entropy of softmax(hidden Wᵀ - negative_hidden Wᵀ): `kernels.reference.crt_loss`.
 
-    Gradients into both (eq. 5, 6). Errors as in `linear_cross_entropy`.
+    Gradients flow into both (eq. 5, 6). Result, implementations and errors as in
+    `linear_cross_entropy`.
     """
     _same_rows("negative_hidden", negative_hidden, hidden)
+    problem = _problem(
+        hidden, weight, labels, (0.0, 0.0, 0.0, 1.0), reduction, negative_hidden=negative_hidden
+    )
     if implementation != "reference" and hidden.dtype in (torch.float32, torch.float64):
-        # The head has no bias: half the products for the same loss. A difference of 16-bit rows
-        # would be rounded to 16 bits, with errors up to 1e-3 in the logits.
-        _check_head(hidden, weight, labels)
-        difference = hidden - _branch("negative", negative_hidden, None, hidden)
-        return linear_cross_entropy(
-            difference, weight, labels, reduction=reduction, implementation=implementation
+        # The head has no bias, so the cross-entropy of the hidden difference is the same loss with
+        # half the products. A difference of 16-bit rows would be rounded to 16 bits, which costs
+        # errors up to 1e-3 in the logits.
+        problem = problem._replace(
+            hidden=hidden - negative_hidden,
+            negative=_no_rows(hidden),
+            loss_weights=(1.0, 0.0, 0.0, 0.0),
         )
-    total, _ = _losses(
-        hidden, weight, labels, None, None, negative_hidden, None,
-        (0.0, 0.0, 0.0, 1.0), True, reduction, implementation,
-    )  # fmt: skip
+    total, _ = _losses(problem, implementation)
     return total
 
 
@@ -120,118 +138,73 @@ def linear_vitask(
     reduction: Reduction = "mean",
     implementation: Implementation | None = None,
 ) -> VITaskLosses:
-    """Van + EP + α RDA + β CRT from one projection of all rows.
+    """Van + EP + α RDA + β CRT from one projection of all rows (Bai et al. 2024, eq. 1 to 6).
 
-    exemplar_rows, negative_rows: int64 numbers of the rows of `hidden` that have an exemplar or a
-    negative, each once (None: all, in order). Rows without one cost nothing there. Each loss is
-    the mean over its own counted rows, 0 for none; only `total` carries a gradient.
+    exemplar_rows, negative_rows: int64; the row of `hidden` that each row of the branch belongs
+    to, each at most once (None: row i belongs to row i). A row without a branch costs nothing
+    there. Each loss is the mean over its counted rows, 0 if there are none. Only `total` carries a
+    gradient. Units and shapes: see `VITaskLosses`.
 
-    implementation: "reference" (plain PyTorch, whole logits), "cpu" (chunks of rows), "triton";
-    None chooses by device. Raises ValueError for inputs that do not fit each other; values on
-    CUDA are not looked at (nor by "reference" in compiled graphs): there a wrong label or row
-    number gives NaN and reads nothing outside.
+    implementation: "reference" (plain PyTorch, whole logits), "cpu" (chunks of rows) or "triton";
+    None chooses by device.
+
+    Raises ValueError for inputs that do not fit together. Values on CUDA are not checked, nor are
+    those of "reference" in compiled graphs: a wrong label or row number gives NaN there, and no
+    memory outside the inputs is read.
     """
-    total, parts = _losses(
-        hidden, weight, labels, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows,
-        (1.0, 1.0, rda_weight, crt_weight), detach_exemplar, reduction, implementation,
+    problem = _problem(
+        hidden, weight, labels, (1.0, 1.0, rda_weight, crt_weight), reduction,
+        exemplar_hidden=exemplar_hidden, exemplar_rows=exemplar_rows,
+        negative_hidden=negative_hidden, negative_rows=negative_rows,
+        detach_exemplar=detach_exemplar,
     )  # fmt: skip
-    return VITaskLosses(total, *parts.detach())
+    total, losses = _losses(problem, implementation)
+    return VITaskLosses(total, *losses.detach())
 
 
-def _losses(
+def _losses(problem: Problem, implementation: Implementation | None) -> tuple[Tensor, Tensor]:
+    """Choose an implementation and run it: total and losses, as in IMPLEMENTATIONS."""
+    labels = problem.labels
+    chosen: Implementation = implementation or ("triton" if problem.hidden.is_cuda else "cpu")
+    _check_implementation(chosen, problem.hidden)
+    unreadable = labels.is_cuda or labels.is_meta or torch.compiler.is_compiling()
+    # "cpu" checks the values itself, inside its operation, so that compiled graphs raise as well.
+    if chosen != "cpu" and not unreadable:
+        check_values(problem)
+    return IMPLEMENTATIONS[chosen](problem)
+
+
+def _problem(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    exemplar_hidden: Tensor | None,
-    exemplar_rows: Tensor | None,
-    negative_hidden: Tensor | None,
-    negative_rows: Tensor | None,
-    weights: tuple[float, float, float, float],
-    detach_exemplar: bool,
+    loss_weights: tuple[float, float, float, float],
     reduction: Reduction,
-    implementation: Implementation | None,
-) -> tuple[Tensor, Tensor]:
-    """Check, choose, compute: total () and parts (4,), or (rows,) and (4, rows)."""
+    *,
+    exemplar_hidden: Tensor | None = None,
+    exemplar_rows: Tensor | None = None,
+    negative_hidden: Tensor | None = None,
+    negative_rows: Tensor | None = None,
+    detach_exemplar: bool = True,
+) -> Problem:
+    """The arguments, with shapes, dtypes and devices checked. Values are checked later."""
     _check_head(hidden, weight, labels)
-    exemplar_hidden = _branch("exemplar", exemplar_hidden, exemplar_rows, hidden)
-    negative_hidden = _branch("negative", negative_hidden, negative_rows, hidden)
+    exemplar = _branch("exemplar", exemplar_hidden, exemplar_rows, hidden)
+    negative = _branch("negative", negative_hidden, negative_rows, hidden)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction is {reduction!r}; expected 'mean' or 'none'")
-    chosen: Implementation = implementation or ("triton" if hidden.is_cuda else "cpu")
-    _check_implementation(chosen, hidden)
-    unseen = labels.is_cuda or labels.is_meta or torch.compiler.is_compiling()
-    if chosen != "cpu" and not unseen:  # "cpu" looks itself, so that compiled graphs raise as well
-        check_values(labels, weight, hidden, exemplar_rows, negative_rows)
-    if chosen == "reference":
-        with torch.autocast(hidden.device.type, enabled=False):
-            return _reference(
-                hidden, weight, labels, exemplar_hidden, exemplar_rows, negative_hidden,
-                negative_rows, weights, detach_exemplar, reduction,
-            )  # fmt: skip
-    grad = torch.is_grad_enabled()
-    wanted = (
-        grad and (hidden.requires_grad or negative_hidden.requires_grad),
-        # the exemplar branch gets a gradient from its own response, and from rda if not detached
-        grad and exemplar_hidden.requires_grad and (weights[1] != 0 or not detach_exemplar),
-        grad and weight.requires_grad,
+    return Problem(
+        hidden=hidden,
+        exemplar=exemplar,
+        exemplar_rows=exemplar_rows,
+        negative=negative,
+        negative_rows=negative_rows,
+        weight=weight,
+        labels=labels,
+        loss_weights=loss_weights,
+        detach_exemplar=detach_exemplar,
+        mean=reduction == "mean",
     )
-    return joint_loss(
-        hidden, exemplar_hidden, exemplar_rows, negative_hidden, negative_rows, weight, labels,
-        weights, detach_exemplar, reduction == "mean", wanted, chosen,
-    )  # fmt: skip
-
-
-def _reference(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    exemplar_hidden: Tensor,
-    exemplar_rows: Tensor | None,
-    negative_hidden: Tensor,
-    negative_rows: Tensor | None,
-    weights: tuple[float, float, float, float],
-    detach_exemplar: bool,
-    reduction: Reduction,
-) -> tuple[Tensor, Tensor]:
-    """The same from whole logits and the losses of `kernels.reference`, by autograd."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-
-    def logits_of(x: Tensor, labels: Tensor) -> Tensor:
-        x = x.where(counted(labels)[:, None], 0)  # a NaN of an ignored row must not reach the head
-        return x.to(dtype) @ weight.to(dtype).T
-
-    def owners(rows: Tensor | None, branch: Tensor) -> tuple[Tensor | slice, Tensor]:
-        """Base rows of a branch's rows; 0, or NaN if some name nothing and nobody could look."""
-        if rows is None:
-            return slice(None), hidden.new_zeros((), dtype=dtype)
-        owned = all_owned(slots(rows, len(branch), hidden), len(branch))
-        wrong = torch.where(owned, 0.0, torch.nan).to(dtype)
-        return rows.clamp(0, max(len(hidden) - 1, 0)), wrong
-
-    def on_all_rows(values: Tensor, own: Tensor | slice, wrong: Tensor) -> Tensor:
-        if reduction == "none" and isinstance(own, Tensor):
-            values = values.new_zeros(len(hidden)).index_add(0, own, values)
-        return values + wrong
-
-    logits = logits_of(hidden, labels)
-    response = reference.response_loss(logits, labels, reduction=reduction)
-    exemplar = rda = crt = torch.zeros_like(response)
-    if len(exemplar_hidden):
-        own, wrong = owners(exemplar_rows, exemplar_hidden)
-        teacher = logits_of(exemplar_hidden, labels[own])
-        alone = reference.response_loss(teacher, labels[own], reduction=reduction)
-        kl = reference.rda_loss(
-            logits[own], teacher, labels[own], detach_exemplar=detach_exemplar, reduction=reduction
-        )
-        exemplar, rda = (on_all_rows(values, own, wrong) for values in (alone, kl))
-    if len(negative_hidden):
-        own, wrong = owners(negative_rows, negative_hidden)
-        negative = logits_of(negative_hidden, labels[own])
-        contrast = reference.crt_loss(logits[own], negative, labels[own], reduction=reduction)
-        crt = on_all_rows(contrast, own, wrong)
-    parts = (response, exemplar, rda, crt)
-    total = sum(w * part for w, part in zip(weights, parts, strict=True) if w)
-    return total, torch.stack(parts)
 
 
 def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
@@ -242,29 +215,29 @@ def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
         )
     if hidden.dtype not in DTYPES or weight.dtype != hidden.dtype:
         raise ValueError(
-            f"hidden has dtype {hidden.dtype}, weight {weight.dtype}; expected the same of "
-            f"{', '.join(map(str, DTYPES))}: cast one of them"
+            f"hidden has dtype {hidden.dtype}, weight {weight.dtype}; expected one dtype for both "
+            f"out of {', '.join(map(str, DTYPES))}: cast one of them"
         )
     if len(weight) == 0:
-        raise ValueError("weight has no rows; expected one for each token of the vocabulary")
+        raise ValueError("weight has no rows; expected one per token of the vocabulary")
     if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; "
-            f"expected ({len(hidden)},), one for each row of hidden, and torch.int64"
+            f"expected ({len(hidden)},), one per row of hidden, and torch.int64"
         )
     _same_device(hidden, weight=weight, labels=labels)
 
 
 def _branch(name: str, branch: Tensor | None, rows: Tensor | None, hidden: Tensor) -> Tensor:
-    """The branch's hidden rows, checked; no rows for an absent one."""
+    """The hidden rows of a branch, checked; zero rows for an absent branch."""
     if branch is None:
         if rows is not None:
             raise ValueError(f"{name}_rows without {name}_hidden; give both or neither")
-        return hidden.new_empty(0, hidden.shape[1])
+        return _no_rows(hidden)
     if branch.ndim != 2 or branch.shape[1] != hidden.shape[1] or branch.dtype != hidden.dtype:
         raise ValueError(
             f"{name}_hidden has shape {tuple(branch.shape)} and dtype {branch.dtype}; "
-            f"expected (rows, {hidden.shape[1]}) and {hidden.dtype}, as hidden"
+            f"expected (rows, {hidden.shape[1]}) and {hidden.dtype}, as for hidden"
         )
     _same_device(hidden, **{f"{name}_hidden": branch})
     if rows is None:
@@ -273,10 +246,14 @@ def _branch(name: str, branch: Tensor | None, rows: Tensor | None, hidden: Tenso
     if rows.shape != branch.shape[:1] or rows.dtype != torch.int64:
         raise ValueError(
             f"{name}_rows has shape {tuple(rows.shape)} and dtype {rows.dtype}; expected "
-            f"({len(branch)},), one number for each row of {name}_hidden, and torch.int64"
+            f"({len(branch)},), one number per row of {name}_hidden, and torch.int64"
         )
     _same_device(hidden, **{f"{name}_rows": rows})
     return branch
+
+
+def _no_rows(hidden: Tensor) -> Tensor:
+    return hidden.new_empty(0, hidden.shape[1])
 
 
 def _same_rows(name: str, branch: Tensor, hidden: Tensor) -> None:
@@ -296,12 +273,15 @@ def _same_device(hidden: Tensor, **others: Tensor) -> None:
 
 
 def _check_implementation(name: str, hidden: Tensor) -> None:
-    if name not in get_args(Implementation):
+    if name not in IMPLEMENTATIONS:
         raise ValueError(
-            f"no implementation {name!r}; expected one of {', '.join(get_args(Implementation))}"
+            f"no implementation {name!r}; expected one of {', '.join(IMPLEMENTATIONS)}"
         )
     if name == "cpu" and hidden.is_cuda:
-        raise ValueError("implementation 'cpu' was given tensors on CUDA; move them, or name none")
+        raise ValueError(
+            "implementation 'cpu' was given tensors on CUDA; move them to the CPU, or leave "
+            "implementation out"
+        )
     if name == "triton" and hidden.dtype == torch.float64:
         raise ValueError("the Triton kernels compute in float32; use 'reference' for float64")
     if name == "triton" and not (hidden.is_cuda or INTERPRETED):

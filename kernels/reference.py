@@ -1,22 +1,19 @@
-"""The VITask losses in plain PyTorch: the truth that everything faster is held against.
+"""The VITask losses in plain PyTorch: the reference that faster implementations are tested against.
 
-Logits are unnormalised and already aligned with `labels`: the next-token shift is the caller's.
-Every loss is a mean over its counted tokens, in nats, and 0 when none is counted; with
-`reduction="none"` it is given per token, 0 for ignored ones. Computed in float32, or in float64
-when given float64. A label outside the vocabulary is an error; on CUDA, where looking for it would
-stall the stream, and in compiled graphs its token has loss NaN and no gradient.
+Logits are unnormalised. The caller has already shifted them by one token, so that they are aligned
+with `labels`. Every loss is in nats: the mean over its counted tokens, 0 if there are none, or one
+value per token with `reduction="none"`, 0 for ignored tokens. It is computed in float32, or in
+float64 for float64 inputs. A label outside the vocabulary is an error. On CUDA, where a check would
+stall the stream, and in compiled graphs, its token has loss NaN and a zero gradient.
 
 Source: Bai et al. 2024, arXiv:2410.06456.
 """
-
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Reduction = Literal["mean", "none"]
-IGNORE_INDEX = -100  # label of prompt and padding positions: never part of a loss
+from kernels.problem import IGNORE_INDEX, Problem, Reduction, all_owned, counted, slots
 
 
 def response_loss(
@@ -46,7 +43,7 @@ def rda_loss(
     detach_exemplar: bool = True,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, "*tokens"]:
-    r"""Response distribution alignment (eq. 3): answer without the exemplar as if it had been seen.
+    r"""Response distribution alignment (eq. 3): answer without the exemplar as if it were given.
 
         L = 1/|S| sum_{t in S} KL(p_t || q_t),    KL(p || q) = sum_v p_v (log p_v - log q_v)
 
@@ -76,8 +73,8 @@ def crt_loss(
 
         L = 1/|S| sum_{t in S} -log softmax(logits[t] - negative_logits[t])[labels[t]]
 
-    `negative_logits` are those of the same response after another sample's image, whose own
-    response differs. Unit: nats per response token; log(vocab) when the image changes nothing.
+    `negative_logits` are those of the same response after the image of another sample, whose
+    response differs. Unit: nats per response token; log(vocab) if the image changes nothing.
     The gradient flows into both. Raises ValueError for shapes that do not match.
     """
     _same_shape(logits, negative_logits, "negative_logits")
@@ -85,12 +82,65 @@ def crt_loss(
     return response_loss(difference, labels, reduction=reduction)
 
 
-def _exact(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def joint_loss(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Total () and losses (4,) in nats, or (rows,) and (4, rows) without `mean`.
+
+    Keeps whole logits and lets autograd differentiate the losses above.
+    """
+    with torch.autocast(problem.hidden.device.type, enabled=False):
+        losses = _four_losses(problem)
+        total = sum(w * loss for w, loss in zip(problem.loss_weights, losses, strict=True) if w)
+        return total, torch.stack(losses)
+
+
+def _four_losses(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In the order of `LOSSES`, each () or (rows,)."""
+    hidden, labels = problem.hidden, problem.labels
+    reduction: Reduction = "mean" if problem.mean else "none"
+
+    def logits_of(x: Tensor, labels: Tensor) -> Tensor:
+        x = x.where(counted(labels)[:, None], 0)  # NaN in an ignored row must not reach the head
+        return _exact(x) @ _exact(problem.weight).T
+
+    def base_of(rows: Tensor | None) -> Tensor | slice:
+        """The base rows of a branch, kept in range."""
+        return slice(None) if rows is None else rows.clamp(0, max(len(hidden) - 1, 0))
+
+    def on_base_rows(values: Tensor, rows: Tensor | None, branch: Tensor) -> Tensor:
+        """A loss of a branch, moved to its base rows; NaN if unchecked row numbers are wrong."""
+        if rows is None:
+            return values
+        if not problem.mean:
+            values = values.new_zeros(len(hidden)).index_add(0, base_of(rows), values)
+        owned = all_owned(slots(rows, len(branch), hidden), len(branch))
+        return values + torch.where(owned, 0.0, torch.nan).to(values.dtype)
+
+    logits = logits_of(hidden, labels)
+    response = response_loss(logits, labels, reduction=reduction)
+    exemplar = rda = crt = torch.zeros_like(response)
+    if len(problem.exemplar):
+        rows, at = problem.exemplar_rows, base_of(problem.exemplar_rows)
+        teacher = logits_of(problem.exemplar, labels[at])
+        alone = response_loss(teacher, labels[at], reduction=reduction)
+        kl = rda_loss(
+            logits[at], teacher, labels[at],
+            detach_exemplar=problem.detach_exemplar, reduction=reduction,
+        )  # fmt: skip
+        exemplar, rda = (on_base_rows(x, rows, problem.exemplar) for x in (alone, kl))
+    if len(problem.negative):
+        rows, at = problem.negative_rows, base_of(problem.negative_rows)
+        negative = logits_of(problem.negative, labels[at])
+        contrast = crt_loss(logits[at], negative, labels[at], reduction=reduction)
+        crt = on_base_rows(contrast, rows, problem.negative)
+    return response, exemplar, rda, crt
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _log_softmax(logits: Tensor, keep: Tensor) -> Tensor:
-    """log softmax of the kept rows. Others are cut off first: a NaN there has no gradient."""
+    """log softmax of the kept rows. Other rows are replaced first, so that a NaN cannot spread."""
     return _exact(logits).where(keep[:, None], 0).log_softmax(dim=-1)
 
 
@@ -110,15 +160,18 @@ def _same_shape(logits: Tensor, other: Tensor, name: str) -> None:
 
 
 def _counted(labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask of the tokens in S, and of those among them whose label is none, where it may pass."""
+    """(tokens,) masks: the tokens in S, and those in S with a label outside the vocabulary.
+
+    The second is only ever true where labels cannot be checked.
+    """
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} and logits {tuple(logits.shape)}; "
             "expected (tokens,) and (tokens, vocab)"
         )
-    keep = labels != IGNORE_INDEX
+    keep = counted(labels)
     wrong = keep & ((labels < 0) | (labels >= logits.shape[1]))
-    # On CUDA a look would stall the stream, and it would break a graph.
+    # On CUDA the check would stall the stream, and it would break a compiled graph.
     if not (labels.is_cuda or torch.compiler.is_compiling()) and wrong.any():
         raise ValueError(
             f"label {int(labels[wrong][0])} lies outside the vocabulary of {logits.shape[1]}; "

@@ -1,8 +1,8 @@
-"""`pytest --benchmark-only tests/benchmarks`: every loss by every implementation, in groups.
+"""Time every loss in every implementation: `pytest --benchmark-only tests/benchmarks`.
 
-Forward, backward and both, at the shapes of `python -m bench run kernels`; peak memory stands in
-the extra information of `both`. Ratios are read within a group. All of it takes an hour on two
-cores: choose with -k, such as `-k "vitask and pocket and both"`.
+It measures forward, backward and both, at the shapes of `python -m bench run kernels`. The extra
+information of `both` has the peak memory. Compare times only within a group. Everything takes an
+hour on two cores; select with -k, for example `-k "vitask and pocket and both"`.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Joint losses to test with: how they are drawn, what is true of them, what an operation says."""
+"""Joint losses to test with: random inputs, exact results, and the results of an operation."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,7 +14,7 @@ LEAVES = ("hidden", "exemplar", "negative", "weight")
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of `linear_vitask`, and the gradient `above` that comes back to its total."""
+    """Arguments of `linear_vitask`, and `above`, the incoming gradient of its total."""
 
     hidden: Tensor
     weight: Tensor
@@ -35,7 +35,7 @@ class Case:
 
 
 class Outcome(NamedTuple):
-    """Everything that is compared, by name; logits and their gradients of the reference only."""
+    """Losses and gradients by name. Only the reference has logits, with their gradients."""
 
     values: dict[str, Tensor]
     logits: dict[str, Tensor]
@@ -60,9 +60,11 @@ def draw(
 ) -> Case:
     """A random case.
 
-    exemplars, negatives: share of the rows that have one; 1: all, in order
-    closeness: how far branches differ; small: nearly equal distributions
-    sharpness: standard deviation of the logits; 30: peaked, most probabilities underflow
+    exemplars, negatives: share of the rows with one; 1: all, in order
+    ignored: share of the rows that enter no loss
+    closeness: standard deviation of the difference between branches; small values make the
+        distributions nearly equal
+    sharpness: standard deviation of the logits; at 30 most probabilities underflow
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -77,8 +79,8 @@ def draw(
     hidden, weight = normal(rows, width), normal(vocab, width) * sharpness / width**0.5
     with_exemplar, with_negative = chosen(exemplars), chosen(negatives)
 
-    def near(own: Tensor | None) -> Tensor:
-        base = hidden if own is None else hidden[own]
+    def near(rows: Tensor | None) -> Tensor:
+        base = hidden if rows is None else hidden[rows]
         return base + closeness * normal(*base.shape)
 
     labels = torch.randint(vocab, (rows,), generator=generator)
@@ -105,7 +107,7 @@ def draw(
 def shapes(
     draw: st.DrawFn, elements: int, max_rows: int = 4096, min_rows: int = 0
 ) -> tuple[int, int]:
-    """(rows, vocab), so many logits at most: few rows of all words, or many of a few words."""
+    """(rows, vocab) with at most `elements` logits: many rows or a large vocabulary, not both."""
     largest = min(151_674, elements // max(min_rows, 1))
     vocab = draw(st.one_of(*(st.integers(2, min(top, largest)) for top in (64, 4096, 151_674))))
     return draw(st.integers(min_rows, min(max_rows, elements // vocab))), vocab
@@ -115,7 +117,7 @@ def shapes(
 def cases(
     draw_: st.DrawFn, dtypes: tuple[torch.dtype, ...], elements: int, max_rows: int = 4096
 ) -> Case:
-    """Random shapes, dtypes, options; peaked and nearly equal distributions among them."""
+    """Random shapes, dtypes and options, including peaked and nearly equal distributions."""
     shares = st.sampled_from([1.0, 0.6, 0.0])
     options = st.fixed_dictionaries(
         {
@@ -136,8 +138,8 @@ def cases(
     return draw(*shape, draw_(st.integers(1, 24)), **draw_(options))
 
 
-def measure(case: Case, implementation: str | None, dtype: torch.dtype | None = None) -> Outcome:
-    """Losses and gradients by the operation under test, its inputs in `dtype` if one is given."""
+def run(case: Case, implementation: str | None, dtype: torch.dtype | None = None) -> Outcome:
+    """Losses and gradients of the operation under test; `dtype` converts the inputs first."""
     leaves = _leaves(case, dtype or case.hidden.dtype)
     losses = linear_vitask(
         leaves["hidden"],
@@ -158,7 +160,7 @@ def measure(case: Case, implementation: str | None, dtype: torch.dtype | None = 
 
 
 def by_reference(case: Case, leaf_dtype: torch.dtype, dtype: torch.dtype) -> Outcome:
-    """The same from whole logits in `dtype` and the losses of `kernels.reference`."""
+    """Losses and gradients from whole logits in `dtype` and the losses of `kernels.reference`."""
     leaves = _leaves(case, leaf_dtype)
     logits = {k: leaves[k].to(dtype) @ leaves["weight"].to(dtype).T for k in LEAVES[:3]}
     for value in logits.values():
@@ -197,12 +199,12 @@ def by_reference(case: Case, leaf_dtype: torch.dtype, dtype: torch.dtype) -> Out
 
 
 def truth(case: Case) -> Outcome:
-    """In float64, from the inputs as they were rounded."""
+    """In float64, from the rounded inputs."""
     return by_reference(case, torch.float64, torch.float64)
 
 
 def yardstick(case: Case) -> Outcome:
-    """What PyTorch gets from float32 logits of the same inputs."""
+    """What PyTorch computes from float32 logits of the same inputs."""
     return by_reference(case, case.hidden.dtype, torch.float32)
 
 
@@ -218,11 +220,12 @@ def _gradients(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def floor(case: Case, exact: Outcome, name: str, *, rounded: bool) -> Tensor | float:
-    """What rounding alone may cost, where PyTorch happens to be better than that.
+    """The error that rounding alone may cause, for cases where PyTorch happens to be exact.
 
-    Two units in the last place of the largest logit or loss, which make the softmax relatively as
-    wrong. `rounded`: gradients of logits are stored in 16 bits if the head has these, as in every
-    mixed precision step: each term of the products is then off by at most `unit`, independently.
+    Two units in the last place of the largest logit or loss; the softmax has the same relative
+    error. `rounded`: with a 16-bit head the gradients of the logits are stored in 16 bits, as in
+    every mixed-precision step. Each term of the products is then wrong by at most `unit`,
+    independently.
     """
     scale = max((v.abs().max().item() for v in exact.logits.values() if v.numel()), default=0.0)
     relative = 2.0**-22 * max(scale, 1.0)
@@ -239,15 +242,15 @@ def floor(case: Case, exact: Outcome, name: str, *, rounded: bool) -> Tensor | f
 
 
 def assert_as_good_as_torch(case: Case, implementation: str | None) -> None:
-    """Every loss and gradient: error at most twice the yardstick's, and a floor for rounding."""
-    exact, usual, ours = truth(case), yardstick(case), measure(case, implementation)
+    """Check that every error is at most twice the yardstick's, plus a floor for rounding."""
+    exact, torchs, ours = truth(case), yardstick(case), run(case, implementation)
     for name, expected in exact.values.items():
-        got, by_torch = ours.values[name], usual.values[name]
+        got, by_torch = ours.values[name], torchs.values[name]
         assert got.shape == expected.shape, name
         if expected.numel() == 0:
             continue
         error = (got.double() - expected).abs()
-        usually = floor(case, exact, name, rounded=implementation in (None, "triton"))
-        allowed = 2 * (by_torch.double() - expected).abs().max() + usually
+        least = floor(case, exact, name, rounded=implementation in (None, "triton"))
+        allowed = 2 * (by_torch.double() - expected).abs().max() + least
         excess = (error / allowed.clamp(min=1e-300)).max()
-        assert excess <= 1, f"{name}: {excess:.2f} times the error that is allowed"
+        assert excess <= 1, f"{name}: {excess:.2f} times the allowed error"

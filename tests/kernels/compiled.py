@@ -1,8 +1,8 @@
-"""Compiles the row kernels for devices that need not be there; prints registers and spills.
+"""Compile the Triton kernels for several devices and print their registers and spills as JSON.
 
-With the argument "oversized" it compiles one that has to spill, which shows that spills are seen.
-
-A program of its own: a process in which Triton interprets cannot compile.
+The devices need not be present. The argument "oversized" compiles a kernel that must spill, to show
+that spills are detected. This is a separate program because a process in which Triton interprets
+kernels cannot compile them.
 """
 
 import itertools
@@ -16,8 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import rows
-from kernels.reference import IGNORE_INDEX
+from kernels import IGNORE_INDEX, cuda
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -27,34 +26,34 @@ TARGETS = {
 }
 POINTERS = {"labels": "*i64", "negative_of": "*i64", "exemplar_of": "*i64"}
 SIZES = ("rows", "negatives", "vocab", "stride", "gradient_stride")
-ALIGNED = ("stride", "gradient_stride")  # as a launch finds them; the vocabulary is of any length
-FIXED = {"IGNORE": IGNORE_INDEX, "STATISTICS": rows.STATISTICS, "BLOCK": rows.BLOCK}
+ALIGNED = ("stride", "gradient_stride")  # as in a launch; the vocabulary has any length
+FIXED = {"IGNORE": IGNORE_INDEX, "STATISTICS": cuda.STATISTICS, "BLOCK": cuda.BLOCK}
 
 
 def sources() -> dict[str, ASTSource]:
-    """Both kernels, the second in all the forms that a training step may ask for."""
+    """Both kernels, the second in every form that a training step may need."""
     found = {
         "statistics" + (" with reach" if reach else ""): source(
-            rows.statistics_kernel, {"REACH": reach}, "fp32"
+            cuda.statistics_kernel, {"REACH": reach}, "fp32"
         )
         for reach in (False, True)
     }
     forms = itertools.product(["fp32", "bf16", "fp16"], [1, 16], [True, False])
     for dtype, splits, detach in forms:
         form = {"SPLITS": splits, "GRADIENT": True, "EXEMPLAR_GRADIENT": True, "DETACH": detach}
-        found[f"gradient {dtype} {splits} {detach}"] = source(rows.gradient_kernel, form, dtype)
+        found[f"gradient {dtype} {splits} {detach}"] = source(cuda.gradient_kernel, form, dtype)
     bare = {"SPLITS": 4, "DETACH": True}
     for gradient, exemplar in ((False, False), (True, False)):
         form = bare | {"GRADIENT": gradient, "EXEMPLAR_GRADIENT": exemplar}
-        kernel = source(rows.gradient_kernel, form, "bf16")
+        kernel = source(cuda.gradient_kernel, form, "bf16")
         found["gradient bf16 4 " + ("without exemplar's" if gradient else "losses alone")] = kernel
     return found
 
 
 def oversized() -> dict[str, ASTSource]:
-    """A block far too large for the registers of its threads."""
-    form = {"REACH": False, "BLOCK": 32 * rows.BLOCK}
-    return {"statistics": source(rows.statistics_kernel, form, "fp32")}
+    """A kernel with a block far too large for the registers of its threads."""
+    form = {"REACH": False, "BLOCK": 32 * cuda.BLOCK}
+    return {"statistics": source(cuda.statistics_kernel, form, "fp32")}
 
 
 def source(kernel: triton.JITFunction, form: dict[str, object], dtype: str) -> ASTSource:
@@ -77,7 +76,7 @@ def source(kernel: triton.JITFunction, form: dict[str, object], dtype: str) -> A
 
 
 def usage(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
-    """What the binary itself says it needs, and how its memory is read and written."""
+    """Registers and spilled bytes that the binary reports; vector loads and stores in its code."""
     code = compiled.asm.get("ptx", "")
     vectors = {
         "vector loads": len(re.findall(r"ld\.global[.\w]*\.v[24]\.", code)),
@@ -85,7 +84,7 @@ def usage(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
     }
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
-        # To memory; a scalar register that is spilled goes into a lane of a vector register.
+        # Spills to memory only: a scalar register spills into a lane of a vector register.
         spilled = r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)"
         registers = r"\.vgpr_count:\s*(\d+)"
     else:
@@ -94,7 +93,7 @@ def usage(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
             file.flush()
             command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
             text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        # Bytes a thread: what a function spills lies in its stack frame, LOCAL is beside it.
+        # Bytes per thread. Spills lie in the stack frame; LOCAL counts memory beside it.
         spilled, registers = r"(?:STACK|LOCAL):(\d+)", r"REG:(\d+)"
     found = re.findall(spilled, text)
     assert len(found) == 2, text
@@ -109,7 +108,7 @@ if __name__ == "__main__":
         json.dumps(
             {
                 target: {
-                    name: usage(triton.compile(made, target=device, options=rows.OPTIONS))
+                    name: usage(triton.compile(made, target=device, options=cuda.OPTIONS))
                     for name, made in (oversized if "oversized" in sys.argv else sources)().items()
                 }
                 for target, device in TARGETS.items()

@@ -1,4 +1,4 @@
-"""The fused losses in a graph, given bad input, and in memory."""
+"""The fused losses in compiled graphs, with bad input, and their memory."""
 
 import subprocess
 import sys
@@ -10,60 +10,67 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import chunked, linear_cross_entropy, linear_vitask
-from kernels.chunked import chunk_rows
+from kernels import cpu, joint, linear_cross_entropy, linear_vitask
+from kernels.cpu import chunk_rows
+from kernels.problem import Problem, Wanted
 from tests.kernels.cases import Case, draw
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"  # without one, conftest lets Triton interpret
+DEVICE = "cuda" if CUDA else "cpu"  # on the CPU, conftest makes Triton interpret
 FUSED = ["triton"] if CUDA else ["cpu", "triton"]
 fused = pytest.mark.parametrize("implementation", FUSED)
 
 
-# In the graph
+# In compiled graphs
 
 
-# What opcheck itself does on the way.
+MODULES = {"cpu": "cpu", "triton": "cuda"}  # the file of each implementation
+
+
+def flat_inputs(case: Case, implementation: str, **changed: object) -> tuple[object, ...]:
+    """Arguments of the custom operation, with every gradient wanted; `changed` fields replaced."""
+    problem = Problem(
+        hidden=case.hidden,
+        exemplar=case.exemplar,
+        exemplar_rows=case.exemplar_rows,
+        negative=case.negative,
+        negative_rows=case.negative_rows,
+        weight=case.weight,
+        labels=case.labels,
+        loss_weights=(1.0, 1.0, case.rda_weight, case.crt_weight),
+        detach_exemplar=case.detach_exemplar,
+        mean=case.reduction == "mean",
+    )
+    wanted = Wanted(hidden=True, exemplar=True, weight=True)
+    return joint._flatten(problem._replace(**changed), wanted, MODULES[implementation])
+
+
+# opcheck causes this warning.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @fused
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_operation_keeps_the_rules_of_custom_operations(implementation, reduction):
-    from kernels.joint import joint_loss_op
-
     case = draw(5, 20, 4, negatives=0.6, reduction=reduction).to(DEVICE)
     leaves = {
         name: getattr(case, name).detach().requires_grad_()
         for name in ("hidden", "exemplar", "negative")
     }
-    weight = case.weight.t().contiguous().t()  # of other strides than its gradient's
+    weight = case.weight.t().contiguous().t()  # its strides differ from those of its gradient
     leaves["weight"] = weight.detach().requires_grad_()
-    torch.library.opcheck(
-        joint_loss_op,
-        (
-            leaves["hidden"], leaves["exemplar"], case.exemplar_rows, leaves["negative"],
-            case.negative_rows, leaves["weight"], case.labels, (1.0, 1.0, 0.7, 1.3), True,
-            reduction == "mean", (True, True, True), implementation,
-        ),
-    )  # fmt: skip
+    torch.library.opcheck(joint.joint_loss_op, flat_inputs(case, implementation, **leaves))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @fused
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_backward_operation_keeps_the_rules_too(implementation, reduction):
-    from kernels.joint import joint_loss_backward_op, joint_loss_op
-
     case = draw(5, 20, 4, negatives=0.6, reduction=reduction).to(DEVICE)
-    weight = case.weight.t().contiguous().t()  # of other strides than its gradient's
-    inputs = (
-        case.hidden, case.exemplar, case.exemplar_rows, case.negative, case.negative_rows,
-        weight, case.labels,
-    )  # fmt: skip
-    settings = ((1.0, 1.0, 0.7, 1.3), True, reduction == "mean", (True, True, True), implementation)
-    _, _, of_rows, of_head = joint_loss_op(*inputs, *settings)
+    weight = case.weight.t().contiguous().t()  # its strides differ from those of its gradient
+    inputs = flat_inputs(case, implementation, weight=weight)
+    _, _, of_rows, of_head = joint.joint_loss_op(*inputs)
     torch.library.opcheck(
-        joint_loss_backward_op, (case.above, of_rows, of_head, *inputs, *settings),
+        joint.joint_loss_backward_op, (case.above, of_rows, of_head, *inputs),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip
 
@@ -119,8 +126,8 @@ def test_compiles_to_one_forward_and_one_backward_operation(
 
 
 def bad(**changed):
-    """Arguments of `linear_vitask` with some of them changed."""
-    right = {
+    """Arguments of `linear_vitask`, some of them replaced."""
+    good = {
         "hidden": torch.zeros(4, 3),
         "weight": torch.zeros(7, 3),
         "labels": torch.zeros(4, dtype=torch.int64),
@@ -128,7 +135,7 @@ def bad(**changed):
         "negative_hidden": torch.zeros(2, 3),
         "negative_rows": torch.tensor([0, 2]),
     }
-    return right | changed
+    return good | changed
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -144,7 +151,7 @@ def bad(**changed):
         ({"exemplar_hidden": torch.zeros(3, 3)}, r"exemplar_hidden has shape \(3, 3\)"),
         ({"negative_hidden": torch.zeros(2, 4)}, "negative_hidden has shape"),
         ({"negative_rows": torch.tensor([0, 1, 2])}, "negative_rows has shape"),
-        ({"negative_rows": torch.tensor([0, 4])}, "names row 4 of hidden, which has 4 rows"),
+        ({"negative_rows": torch.tensor([0, 4])}, "contains 4, but hidden has 4 rows"),
         ({"negative_rows": torch.tensor([1, 1])}, "twice"),
         ({"negative_hidden": None}, "negative_rows without negative_hidden"),
         ({"reduction": "sum"}, "reduction is 'sum'"),
@@ -159,12 +166,12 @@ def test_bad_input_is_named(changed, named):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.skipif(CUDA, reason="values are not looked at on CUDA")
+@pytest.mark.skipif(CUDA, reason="values on CUDA are not checked")
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
         ({"labels": torch.tensor([0, 7, 0, 0])}, "label 7 lies outside"),
-        ({"negative_rows": torch.tensor([0, 9])}, "names row 9"),
+        ({"negative_rows": torch.tensor([0, 9])}, "contains 9"),
         ({"negative_rows": torch.tensor([1, 1])}, "twice"),
     ],
 )
@@ -197,7 +204,7 @@ def test_autocast_changes_nothing(implementation):
 
 
 def test_float16_gradients_of_small_weights_and_a_large_vocabulary_do_not_underflow():
-    """Of a near uniform distribution over 151,674 tokens, each logit's is about 1e-7."""
+    """With a nearly uniform distribution over 151,674 tokens, each is about 1e-7."""
     torch.manual_seed(0)
     hidden, negative = (0.01 * torch.randn(2, 16) for _ in range(2))
     weight = 1 + 0.1 * torch.randn(151_674, 16)
@@ -217,7 +224,7 @@ def test_float16_gradients_of_small_weights_and_a_large_vocabulary_do_not_underf
     assert (ours - truth).norm() <= 5e-3 * truth.norm()
 
 
-@pytest.mark.skipif(CUDA, reason="the CPU path is what is left without Triton")
+@pytest.mark.skipif(CUDA, reason="without Triton only the CPU path works")
 def test_cpu_path_works_without_triton():
     program = """
 import sys
@@ -231,7 +238,7 @@ linear_cross_entropy(x, torch.ones(4, 3), torch.tensor([0, 1])).backward()
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_head_without_tokens_and_strange_dtypes_are_named():
+def test_head_without_tokens_and_unsupported_dtypes_are_named():
     x, y = torch.zeros(2, 3), torch.full((2,), -100)
     with pytest.raises(ValueError, match="weight has no rows"):
         linear_cross_entropy(x, torch.zeros(0, 3), y)
@@ -247,33 +254,28 @@ def test_triton_refuses_float64():
         )
 
 
-def test_row_kernels_answer_wrong_labels_and_rows_with_nan_and_stay_inside():
-    """As on CUDA, where looking at values would stall: the checks are left out here."""
-    from kernels.joint import joint_loss_op
+def test_triton_kernels_give_nan_for_wrong_labels_and_rows_and_read_nothing_outside():
+    """Calls the operation without the checks, which CUDA tensors skip: they would stall."""
+    case = draw(4, 30, 5, ignored=0.0, negatives=0.5, rda_weight=1.0, crt_weight=1.0,
+                reduction="none").to(DEVICE)  # fmt: skip
 
-    case = draw(4, 30, 5, ignored=0.0, negatives=0.5).to(DEVICE)
-    right = case.labels.clone()
+    def outcome(**changed):
+        return joint.joint_loss_op(*flat_inputs(case, "triton", **changed))
 
-    def losses(labels, negative_rows):
-        return joint_loss_op(
-            case.hidden, case.exemplar, None, case.negative, negative_rows, case.weight, labels,
-            (1.0, 1.0, 1.0, 1.0), True, False, (True, True, True), "triton",
-        )  # fmt: skip
-
-    _, expected, gradient, _ = losses(right, case.negative_rows)
+    _, expected, gradient, _ = outcome()
     for wrong in (30, -1, 2**40, -(2**40)):
-        labels = right.clone()
+        labels = case.labels.clone()
         labels[1] = wrong
-        _, parts, of_rows, _ = losses(labels, case.negative_rows)
-        assert parts[:3, 1].isnan().all()
+        _, losses, of_rows, _ = outcome(labels=labels)
+        assert losses[:3, 1].isnan().all()
         assert (of_rows[1] == 0).all()
         others = [0, 2, 3]
-        assert torch.equal(parts[:, others], expected[:, others])
+        assert torch.equal(losses[:, others], expected[:, others])
         assert torch.equal(of_rows[others], gradient[others])
     for rows in ([0, 9], [0, -5], [2, 2]):
-        _, parts, of_rows, _ = losses(right, torch.tensor(rows, device=DEVICE))
-        assert parts[3].isnan().all()
-        assert torch.equal(parts[:3], expected[:3])
+        _, losses, of_rows, _ = outcome(negative_rows=torch.tensor(rows, device=DEVICE))
+        assert losses[3].isnan().all()
+        assert torch.equal(losses[:3], expected[:3])
         assert of_rows.isfinite().all()
 
 
@@ -293,11 +295,11 @@ def test_chunks_have_32_rows_or_hold_at_most_64_mib_of_logits(
     most = 64 * 2**20 if head_bytes > 64 * 2**20 else max(8 * 2**20, head_bytes)
     assert size >= 32
     assert size == 32 or size * row_bytes <= most
-    assert -(-rows // size) <= -(-rows // max(32, most // row_bytes))  # heads are read
+    assert -(-rows // size) <= -(-rows // max(32, most // row_bytes))  # each chunk reads the head
 
 
 class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that an operation made."""
+    """Records the bytes of the largest tensor that an operation creates."""
 
     bytes = 0
 
@@ -311,7 +313,7 @@ class Largest(TorchDispatchMode):
 
 
 def largest_bytes(case: Case) -> int:
-    """Of one tensor that a step with a frozen head makes."""
+    """Bytes of the largest tensor that a step with a frozen head creates."""
     hidden = case.hidden.requires_grad_()
     with Largest() as seen:
         linear_vitask(
@@ -323,15 +325,15 @@ def largest_bytes(case: Case) -> int:
 
 @pytest.mark.skipif(CUDA, reason="the CPU path")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_head_of_16_bits_is_never_widened_as_a_whole(dtype):
+def test_16_bit_head_is_never_converted_as_a_whole(dtype):
     vocab, width = 4000, 2048
     case = draw(32, vocab, width, dtype=dtype, ignored=0.0)
     assert largest_bytes(case) < vocab * width * 4 / 4
 
 
 @pytest.mark.skipif(CUDA, reason="the CPU path")
-def test_chunked_path_never_holds_all_logits(monkeypatch):
+def test_cpu_path_never_holds_all_logits(monkeypatch):
     rows, vocab = 400, 5000
-    monkeypatch.setattr(chunked, "LOGIT_BYTES", 3 * 40 * vocab * 4)  # 40 rows of three branches
+    monkeypatch.setattr(cpu, "LOGIT_BYTES", 3 * 40 * vocab * 4)  # 40 rows of three branches
     case = draw(rows, vocab, 8, ignored=0.0)
     assert 0 < largest_bytes(case) <= 3 * 40 * vocab * 4

@@ -1,4 +1,4 @@
-"""The row kernels on devices: compiled for those that are not there, run on the one that is."""
+"""The Triton kernels on GPUs: compiled for several, run on one if it is present."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels import linear_vitask
-from tests.kernels.cases import assert_as_good_as_torch, draw, measure
+from tests.kernels.cases import assert_as_good_as_torch, draw, run
 
 ROOT = Path(__file__).parents[2]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -23,7 +23,7 @@ Usage = dict[str, dict[str, dict[str, int]]]
 
 
 def compile_all(cache: Path, *arguments: str) -> Usage:
-    """Of every target and kernel: registers and what was spilled."""
+    """The `usage` of every kernel on every target."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
@@ -45,7 +45,7 @@ def oversized(tmp_path_factory) -> Usage:
 
 
 @TARGETS
-def test_spilled_registers_are_seen(target, oversized):
+def test_spilled_registers_are_detected(target, oversized):
     assert oversized[target]["statistics"]["spilled"] > 0
 
 
@@ -60,7 +60,7 @@ def test_kernels_compile_without_spilling_registers(target, compiled):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_logits_are_read_and_gradients_written_in_vectors_at_any_vocabulary(target, compiled):
     usage = compiled[target]
-    assert usage["statistics"]["vector loads"] >= 6  # 8 logits a thread of three branches
+    assert usage["statistics"]["vector loads"] >= 6  # 8 logits per thread in three branches
     writing = [name for name in usage if name.startswith("gradient") and "alone" not in name]
     for name in writing:
         assert usage[name]["vector loads"] >= 6, name
@@ -101,7 +101,7 @@ def test_graph_capture_replays_a_step(shape):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
-    for leaf in leaves:  # other inputs in the same places
+    for leaf in leaves:  # other inputs at the same addresses
         leaf.copy_(torch.randn_like(leaf))
     graph.replay()
     for replayed, fresh in zip(captured, step(), strict=True):
@@ -127,16 +127,16 @@ def test_step_does_not_wait_for_the_device(dtype, reduction, trained_head):
 
 
 @needs_cuda
-@pytest.mark.parametrize("rows", [64, 512])  # programs that share a row's vocabulary, and one a row
+@pytest.mark.parametrize("rows", [64, 512])  # several programs per row, and one
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_every_run_gives_the_same_bits_at_a_whole_vocabulary(rows, reduction):
     case = draw(rows, 92_553, 64, dtype=torch.bfloat16, negatives=0.5, reduction=reduction)
-    first, second = (measure(case.to("cuda"), None).values for _ in range(2))
+    first, second = (run(case.to("cuda"), None).values for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @needs_cuda
-def test_compiled_step_equals_the_plain_one():
+def test_compiled_step_equals_the_eager_one():
     case = draw(64, 5003, 32, dtype=torch.bfloat16).to("cuda")
 
     def step(hidden: torch.Tensor) -> torch.Tensor:
@@ -154,7 +154,7 @@ def test_compiled_step_equals_the_plain_one():
 
 
 @needs_cuda
-def test_memory_beyond_the_inputs_is_the_logits_once():
+def test_memory_beyond_the_inputs_is_one_copy_of_the_logits():
     rows, vocab, width = 512, 92_553, 256
     case = draw(rows, vocab, width, dtype=torch.bfloat16).to("cuda")
     hidden = case.hidden.requires_grad_()

@@ -1,4 +1,4 @@
-"""The fused losses: no less accurate than PyTorch, and what a wrong objective would break."""
+"""The fused losses: as accurate as PyTorch, with properties that a wrong objective would break."""
 
 from dataclasses import replace
 
@@ -17,21 +17,21 @@ from kernels import (
     rda_loss,
     response_loss,
 )
-from tests.kernels.cases import assert_as_good_as_torch, cases, draw, measure, shapes, truth
+from tests.kernels.cases import assert_as_good_as_torch, cases, draw, run, shapes, truth
 
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"  # without one, conftest lets Triton interpret
+DEVICE = "cuda" if CUDA else "cpu"  # on the CPU, conftest makes Triton interpret
 FUSED = ["triton"] if CUDA else ["cpu", "triton"]
 fused = pytest.mark.parametrize("implementation", FUSED)
 every = pytest.mark.parametrize("implementation", [*FUSED, "reference"])
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SEEDS = st.integers(0, 2**31 - 1)
-# The interpreter takes some 20 milliseconds a row: few examples, few rows.
+# The interpreter takes about 20 ms per row, so examples and rows are few.
 ROWS = 4096 if CUDA else 48
 FEW = settings(max_examples=10)
 
 
-# Right
+# Accuracy
 
 
 @every
@@ -43,12 +43,12 @@ def test_errors_are_at_most_twice_torchs(implementation, data):
     assert_as_good_as_torch(case.to(DEVICE), implementation)
 
 
-@pytest.mark.skipif(CUDA, reason="float64 is for the CPU")
+@pytest.mark.skipif(CUDA, reason="float64 runs on the CPU only")
 @given(cases((torch.float64,), elements=2**22))
 @settings(max_examples=40)
-def test_chunked_path_is_exact_in_float64(case):
+def test_cpu_path_is_exact_in_float64(case):
     exact = truth(case).values
-    for name, value in measure(case, "cpu").values.items():
+    for name, value in run(case, "cpu").values.items():
         assert value.dtype == torch.float64
         largest = exact[name].detach().abs().max() if value.numel() else 0
         torch.testing.assert_close(
@@ -56,7 +56,7 @@ def test_chunked_path_is_exact_in_float64(case):
         )
 
 
-# one block exactly and one more; a whole vocabulary; V = 2; every row a program of its own
+# (rows, vocab, hidden): exactly one block, one column more, whole vocabularies, tiny ones
 SHAPES = [(1, 2048, 8), (2, 2049, 8), (1, 151_674, 4), (1, 92_553, 4), (3, 2, 5), (300, 5, 3)]
 
 
@@ -114,15 +114,15 @@ def test_gradient_of_a_float16_head_keeps_its_bits_under_small_row_weights(imple
 
 @every
 def test_no_rows_give_zero_loss(implementation):
-    outcome = measure(draw(0, 7, 3).to(DEVICE), implementation).values
+    outcome = run(draw(0, 7, 3).to(DEVICE), implementation).values
     assert all(outcome[name] == 0 for name in ("total", "response", "exemplar", "rda", "crt"))
     assert outcome["gradient of weight"].abs().sum() == 0
-    per_row = measure(draw(0, 7, 3, reduction="none").to(DEVICE), implementation).values
+    per_row = run(draw(0, 7, 3, reduction="none").to(DEVICE), implementation).values
     assert per_row["total"].shape == (0,)
 
 
 @every
-def test_one_operation_gives_what_the_single_ones_give(implementation):
+def test_joint_operation_equals_the_single_ones(implementation):
     case = draw(7, 50, 6).to(DEVICE)
     h, w, y = case.hidden, case.weight, case.labels
     chosen = {"implementation": implementation}
@@ -179,16 +179,16 @@ def test_single_operations_and_gradients_equal_the_reference(implementation, red
 def test_shares_of_the_vocabulary_merge(implementation, splits, monkeypatch):
     if implementation != "triton":
         pytest.skip("only the Triton path shares a row's vocabulary among programs")
-    from kernels import rows
+    from kernels import cuda
 
-    monkeypatch.setattr(rows, "_splits", lambda *_: splits)
-    for vocab in (3, 4096, 6000, 9001):  # some programs get nothing
+    monkeypatch.setattr(cuda, "_splits", lambda *_: splits)
+    for vocab in (3, 4096, 6000, 9001):  # some programs get no columns
         for sharpness in (1.0, 30.0):
             case = draw(2, vocab, 4, sharpness=sharpness, ignored=0.0, detach_exemplar=False)
             assert_as_good_as_torch(case.to(DEVICE), implementation)
 
 
-# What a wrong objective would break
+# Properties that a wrong objective would break
 
 
 @every
@@ -201,7 +201,7 @@ def test_rda_is_zero_with_zero_gradient_at_equality(implementation, shape, seed,
         student, case.hidden.detach(), case.weight, case.labels, implementation=implementation
     )
     loss.backward()
-    # Two equal rows of one product may differ by its rounding.
+    # Equal rows of one product may differ by its rounding.
     rounding = 2.0**-22 * (student @ case.weight.T).detach().abs().max().clamp(min=1)
     assert loss.abs() <= rounding
     assert student.grad.abs().max() <= 2 * rounding * case.weight.abs().max()
@@ -236,7 +236,7 @@ def test_rda_is_not_negative(implementation, shape, closeness, seed, sharpness):
 def test_losses_and_gradients_are_the_same_for_shifted_logits(
     implementation, shape, seed, sharpness, reduction
 ):
-    # A column of ones in the hidden rows meets a column of the head: a constant for all logits.
+    # A column of ones in the head adds a column of the hidden rows to all logits.
     case = draw(*shape, 6, seed=seed, sharpness=sharpness, reduction=reduction).to(DEVICE)
 
     def widened(rows: torch.Tensor, shift: float) -> torch.Tensor:
@@ -249,7 +249,7 @@ def test_losses_and_gradients_are_the_same_for_shifted_logits(
             "negative": widened(case.negative, negative),
             "weight": widened(case.weight, 1.0),
         }
-        values = measure(replace(case, **rows), implementation).values
+        values = run(replace(case, **rows), implementation).values
         kept = {k: v[:, :-1] if k.startswith("gradient") else v for k, v in values.items()}
         return {k: v for k, v in kept.items() if v.numel()}
 
@@ -268,7 +268,7 @@ def test_permuting_the_vocabulary_changes_nothing(implementation, shape, seed):
     keep = case.labels != IGNORE_INDEX
     labels = order.argsort()[case.labels.where(keep, 0)].where(keep, IGNORE_INDEX)
     permuted = replace(case, weight=case.weight[order], labels=labels)
-    ours, theirs = measure(case, implementation).values, measure(permuted, implementation).values
+    ours, theirs = run(case, implementation).values, run(permuted, implementation).values
     theirs["gradient of weight"] = theirs["gradient of weight"][order.argsort()]
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=2e-6, msg=name)
@@ -280,10 +280,10 @@ def test_permuting_the_vocabulary_changes_nothing(implementation, shape, seed):
 def test_sum_over_rows_is_the_sum_over_their_parts(implementation, shape, seed, data):
     case = draw(*shape, 6, seed=seed, reduction="none").to(DEVICE)
     cut = data.draw(st.integers(1, shape[0] - 1))
-    whole = measure(case, implementation).values
+    whole = run(case, implementation).values
     of_rows = ("hidden", "exemplar", "negative", "labels", "above")
     halves = [
-        measure(replace(case, **{k: getattr(case, k)[part] for k in of_rows}), implementation)
+        run(replace(case, **{k: getattr(case, k)[part] for k in of_rows}), implementation)
         for part in (slice(None, cut), slice(cut, None))
     ]
     for name, value in whole.items():
@@ -297,9 +297,9 @@ def test_sum_over_rows_is_the_sum_over_their_parts(implementation, shape, seed, 
 @FEW
 def test_mean_is_over_the_counted_rows_of_each_loss(implementation, shape, seed):
     case = draw(*shape, 6, seed=seed, exemplars=0.6, negatives=0.5).to(DEVICE)
-    mean = measure(case, implementation).values
+    mean = run(case, implementation).values
     each = replace(case, reduction="none", above=torch.ones(shape[0], device=DEVICE))
-    per_row = measure(each, implementation).values
+    per_row = run(each, implementation).values
     counted = case.labels != IGNORE_INDEX
     for name, rows in (
         ("response", None),
@@ -307,8 +307,8 @@ def test_mean_is_over_the_counted_rows_of_each_loss(implementation, shape, seed)
         ("rda", case.exemplar_rows),
         ("crt", case.negative_rows),
     ):
-        own = counted if rows is None else counted[rows]
-        expected = per_row[name].sum() / own.sum().clamp(min=1)
+        of_loss = counted if rows is None else counted[rows]
+        expected = per_row[name].sum() / of_loss.sum().clamp(min=1)
         torch.testing.assert_close(mean[name], expected, rtol=1e-5, atol=2e-6, msg=name)
 
 
@@ -316,7 +316,7 @@ def test_mean_is_over_the_counted_rows_of_each_loss(implementation, shape, seed)
 @given(shapes(2**12, max_rows=1, min_rows=1), SEEDS)
 @FEW
 def test_hidden_gradient_of_rda_has_fishers_form(implementation, shape, seed):
-    # Near equality KL is ½ Δᵀ F Δ with F = Cov_p(W): the gradient of a small step Δ is F Δ.
+    # Near equality KL is ½ Δᵀ F Δ with F = Cov_p(W), so the gradient of a small step Δ is F Δ.
     case = draw(*shape, 5, seed=seed, ignored=0.0, closeness=0.0)
     step = 1e-3 * torch.ones(1, 5)
     student = (case.hidden + step).to(DEVICE).requires_grad_()
@@ -343,10 +343,10 @@ def test_ignored_rows_give_exactly_zero_even_if_they_hold_nan(
 ):
     clean = draw(*shape, 5, seed=seed, reduction=reduction, detach_exemplar=False)
     ignored = clean.labels == IGNORE_INDEX
-    expected = measure(clean.to(DEVICE), implementation).values
+    expected = run(clean.to(DEVICE), implementation).values
     for branch in (clean.hidden, clean.exemplar, clean.negative):
         branch[ignored] = torch.nan
-    got = measure(clean.to(DEVICE), implementation).values
+    got = run(clean.to(DEVICE), implementation).values
     for name, value in got.items():
         assert torch.equal(value, expected[name]), name
     for branch in ("hidden", "exemplar", "negative"):
@@ -354,14 +354,14 @@ def test_ignored_rows_give_exactly_zero_even_if_they_hold_nan(
 
 
 @every
-def test_rows_without_negative_or_exemplar_cost_and_count_nothing(implementation):
+def test_rows_without_negative_or_exemplar_do_not_count(implementation):
     case = draw(6, 40, 5, ignored=0.0, exemplars=0.5, negatives=0.34)
-    values = measure(case.to(DEVICE), implementation).values
-    own, wrong = case.exemplar_rows, case.negative_rows
+    values = run(case.to(DEVICE), implementation).values
+    e, n = case.exemplar_rows, case.negative_rows
     chosen = {"implementation": "reference"}
     w, y = case.weight, case.labels
-    kl = linear_rda(case.hidden[own], case.exemplar, w, y[own], **chosen)
-    contrast = linear_crt(case.hidden[wrong], case.negative, w, y[wrong], **chosen)
+    kl = linear_rda(case.hidden[e], case.exemplar, w, y[e], **chosen)
+    contrast = linear_crt(case.hidden[n], case.negative, w, y[n], **chosen)
     torch.testing.assert_close(values["rda"].cpu(), kl)
     torch.testing.assert_close(values["crt"].cpu(), contrast)
     none = linear_vitask(
@@ -371,25 +371,25 @@ def test_rows_without_negative_or_exemplar_cost_and_count_nothing(implementation
     assert torch.equal(none.total, none.response)
 
 
-@pytest.mark.skipif(CUDA, reason="counts what the CPU path does")
+@pytest.mark.skipif(CUDA, reason="counts operations of the CPU path")
 @pytest.mark.parametrize(("exemplars", "negatives"), [(1.0, 1.0), (0.5, 0.25), (0.0, 0.0)])
-def test_only_counted_rows_and_branches_that_are_there_are_projected(exemplars, negatives):
+def test_only_counted_rows_of_present_branches_are_projected(exemplars, negatives):
     from torch.utils.flop_counter import FlopCounterMode
 
     rows, vocab, width = 64, 500, 8
     case = draw(rows, vocab, width, exemplars=exemplars, negatives=negatives)
     counted = case.labels != IGNORE_INDEX
     branches = (case.exemplar_rows, case.negative_rows)
-    owners = [counted if own is None else counted[own] for own in branches]
+    used = [counted if rows is None else counted[rows] for rows in branches]
     with FlopCounterMode(display=False) as flops:
-        measure(case, "cpu")
-    projected = int(counted.sum()) + sum(int(own.sum()) for own in owners)
-    # logits and gradients of the rows (the head's is added up in place, which is not counted)
+        run(case, "cpu")
+    projected = int(counted.sum()) + sum(int(mask.sum()) for mask in used)
+    # Logits and gradients of the rows; the counter misses the in-place sum of the head's gradient.
     assert flops.get_total_flops() == 2 * 2 * projected * vocab * width
 
 
 @every
-def test_only_total_carries_a_gradient_and_only_where_it_is_asked_for(implementation):
+def test_only_total_carries_a_gradient_and_only_where_required(implementation):
     case = draw(4, 20, 5).to(DEVICE)
     hidden = case.hidden.requires_grad_()
     losses = linear_vitask(
@@ -402,8 +402,8 @@ def test_only_total_carries_a_gradient_and_only_where_it_is_asked_for(implementa
     assert hidden.grad is not None
     assert case.weight.grad is None
     with torch.no_grad():
-        silent = linear_vitask(hidden, case.weight, case.labels, implementation=implementation)
-    assert not silent.total.requires_grad
+        unrecorded = linear_vitask(hidden, case.weight, case.labels, implementation=implementation)
+    assert not unrecorded.total.requires_grad
 
 
 @every
@@ -422,14 +422,14 @@ def test_teacher_gets_no_gradient_from_rda(implementation):
 @fused
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_every_run_gives_the_same_bits(implementation, reduction, monkeypatch):
-    from kernels import chunked
+    from kernels import cpu
 
-    monkeypatch.setattr(chunked, "LOGIT_BYTES", 0)  # chunks of the fewest rows: several
+    monkeypatch.setattr(cpu, "LOGIT_BYTES", 0)  # the smallest chunks, so that there are several
     threads = torch.get_num_threads()
     case = draw(100, 300, 16, negatives=0.5, reduction=reduction).to(DEVICE)
     try:
         torch.set_num_threads(2)
-        first, second = measure(case, implementation).values, measure(case, implementation).values
+        first, second = run(case, implementation).values, run(case, implementation).values
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -451,6 +451,6 @@ def test_strides_of_the_inputs_do_not_matter(implementation):
         labels=strided(case.labels),
     )
     assert not odd.hidden.is_contiguous()
-    expected = measure(case, implementation).values
-    for name, value in measure(odd, implementation).values.items():
+    expected = run(case, implementation).values
+    for name, value in run(odd, implementation).values.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)

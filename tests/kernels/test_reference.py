@@ -1,4 +1,4 @@
-"""The reference losses: their definitions, their limits, and what a wrong objective would break."""
+"""The reference losses: definitions, limits, and properties that a wrong objective would break."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_response_loss_is_torchs_cross_entropy(shape):
 def test_rda_is_kl_of_student_from_teacher(shape):
     student, teacher, labels = draw(shape)
     keep = labels != IGNORE_INDEX
-    # kl_div(input, target) is KL(target || input): the student stands in the target's place
+    # kl_div(input, target) is KL(target || input), so the student is the target.
     expected = functional.kl_div(
         teacher.log_softmax(-1), student.log_softmax(-1), log_target=True, reduction="none"
     ).sum(-1)[keep]
@@ -106,7 +106,7 @@ def test_gradients_pass_gradcheck(shape):
     assert check(lambda x, y: crt_loss(x, y, labels), inputs)
 
 
-def test_rda_sends_no_gradient_into_the_teacher_unless_asked():
+def test_rda_sends_a_gradient_into_the_teacher_only_on_request():
     a, b, labels = draw((3, 5, 0))
     labels[:] = 1
     a.requires_grad_()
@@ -169,7 +169,7 @@ def test_labels_outside_the_vocabulary_are_named(logits, labels, message):
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("wrong", [5, -1, 2**40])
-def test_labels_outside_the_vocabulary_are_nan_where_nobody_looks(wrong):
+def test_labels_outside_the_vocabulary_give_nan_where_unchecked(wrong):
     logits, other, _ = draw((3, 5, 0))
     labels = torch.tensor([0, wrong, IGNORE_INDEX])
     logits.requires_grad_()
@@ -181,16 +181,16 @@ def test_labels_outside_the_vocabulary_are_nan_where_nobody_looks(wrong):
             crt_loss(logits, other, labels, reduction="none"),
         )
 
-    unseen = torch.compile(losses, backend="aot_eager", fullgraph=True)(logits)
-    for loss in unseen:
+    unchecked = torch.compile(losses, backend="aot_eager", fullgraph=True)(logits)
+    for loss in unchecked:
         assert loss.isnan().tolist() == [False, True, False]
-    sum(loss.sum() for loss in unseen).backward()
+    sum(loss.sum() for loss in unchecked).backward()
     assert logits.grad[0].isfinite().all()
     assert logits.grad[0].any()
     assert not logits.grad[1:].any()
 
 
 @PAIRED
-def test_another_vocabulary_is_refused(loss, unchecked):
+def test_another_vocabulary_raises(loss, unchecked):
     with pytest.raises(ValueError, match=r"_logits has shape \(3, 6\)"):
         loss(torch.zeros(3, 5), torch.zeros(3, 6), torch.tensor([0, 1, 2]))

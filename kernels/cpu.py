@@ -1,11 +1,11 @@
-"""The joint loss on the CPU: chunks of rows, so that [rows, vocab] never exists as a whole.
+"""The joint loss on the CPU, by chunks of rows, so that [rows, vocab] never exists as a whole.
 
-The formulas stand in `kernels/problem.py`; here each line is a pass of PyTorch over a block of
-logits that stays in a core's cache, in place wherever it can be. As the head has no bias, the
-logits d = a - n are those of the rows h_a - h_n: computed in float32, n itself is not needed.
+`kernels/problem.py` states the formulas. Here each line is one PyTorch pass over a block of logits
+that fits the cache of a core, in place where possible. The head has no bias, so the logits
+d = a - n are those of the rows h_a - h_n, computed in float32; n itself is not needed.
 
-A small loss takes as long as the calls of its operations: numbers are Python's own, and what
-stands in order already is not gathered.
+A small loss takes as long as the calls of its operations take. Its numbers are therefore Python
+numbers, and rows that are already in order are not gathered.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from kernels.problem import Problem, Result, Wanted, check_values, counted, slots
 
-LOGIT_BYTES = 64 * 2**20  # of all branches of a chunk together, unless MIN_ROWS need more
-CACHED_BYTES = 8 * 2**20  # of logits that stay in the last cache until they have become gradients
-MIN_ROWS = 32  # per branch; fewer would spend the time on reading the head
-BLOCK_BYTES = 4 * 2**20  # of one branch's logits in a pass; a few of them fit into the last cache
-TILE_BYTES = 2 * 2**20  # of the head in one product: more would be read from memory again and again
+LOGIT_BYTES = 64 * 2**20  # limit for the logits of a chunk, unless MIN_ROWS need more
+CACHED_BYTES = 8 * 2**20  # of logits that stay in the last-level cache until they are gradients
+MIN_ROWS = 32  # per branch; with fewer, reading the head would dominate
+BLOCK_BYTES = 4 * 2**20  # of the logits of one branch in a pass; the last-level cache fits several
+TILE_BYTES = 2 * 2**20  # of the head in one product; a larger tile would leave the cache
 
 
 class _Branch(NamedTuple):
-    """Rows of a branch, hidden or logits, in the order of their base rows.
+    """Rows of a branch, hidden rows or logits, in the order of their base rows.
 
     rows: (k, ...)
-    at:   (k,) places of their base rows, ascending; None: every base row has one, or none has
+    at:   (k,) ascending indices of their base rows; None: every base row has the branch, or none
     """
 
     rows: Tensor
@@ -38,63 +38,70 @@ class _Branch(NamedTuple):
         return self.rows.shape[0]
 
     def of(self, values: Tensor) -> Tensor:
-        """The `values` (base rows, ...) of those that have the branch; no copy if all have."""
+        """Select from `values` (base rows, ...) those with the branch; a view if all have it."""
         return values[: self.size] if self.at is None else values[self.at]
 
     def put(self, target: Tensor, values: Tensor) -> None:
-        """`values` (k, ...) into their places of `target` (base rows, ...)."""
+        """Write `values` (k, ...) to the branch's base rows in `target` (base rows, ...)."""
         if self.at is None:
             target[: self.size] = values
         else:
             target[self.at] = values
 
     def between(self, start: int, stop: int) -> tuple["_Branch", slice]:
-        """What belongs to these base rows, and where in `rows` it lies."""
+        """The part that belongs to base rows start to stop - 1, and its slice of `rows`."""
         if self.at is None:
-            own = slice(start, min(stop, self.size))
-            whole = own.start == 0 and own.stop == self.size
-            return self if whole else _Branch(self.rows[own]), own
-        own = slice(*torch.searchsorted(self.at, torch.tensor([start, stop])).tolist())
-        return _Branch(self.rows[own], self.at[own] - start), own
+            part = slice(start, min(stop, self.size))
+            whole = part.start == 0 and part.stop == self.size
+            return self if whole else _Branch(self.rows[part]), part
+        part = slice(*torch.searchsorted(self.at, torch.tensor([start, stop])).tolist())
+        return _Branch(self.rows[part], self.at[part] - start), part
 
 
-class _Rows(NamedTuple):
-    """The rows that count, and what their losses count. Fields as in `Problem`."""
+class _CountedRows(NamedTuple):
+    """A problem without its ignored rows. Fields as in `Problem`.
+
+    factors: f_v, f_e, f_k, f_c; with `mean` relative to one base row
+    """
 
     hidden: Tensor
     labels: Tensor
     negative: _Branch
     exemplar: _Branch
     weight: Tensor
-    factors: Sequence[float]  # f_v, f_e, f_k, f_c
+    factors: Sequence[float]
     detach_exemplar: bool
     dtype: torch.dtype
 
 
-def chunked_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None = None) -> Result:
+def compute(problem: Problem, wanted: Wanted, row_scale: Tensor | None = None) -> Result:
     """Losses and gradients; `row_scale` (rows,) scales each row's part of the head's gradient.
 
-    Raises ValueError for labels and row numbers that name nothing.
+    Raises ValueError for labels and row numbers that are out of range, and for rows given twice.
     """
     hidden, labels, base = problem.hidden, problem.labels, None
-    if not check_values(
-        labels, problem.weight, hidden, problem.exemplar_rows, problem.negative_rows
-    ):  # ignored rows are not even projected
+    if not check_values(problem):  # ignored rows are not even projected
         base = counted(labels).nonzero()[:, 0]
         hidden = hidden[base]
         row_scale = None if row_scale is None else row_scale[base]
-    negative, of_negative = _in_order(problem.negative, problem.negative_rows, base, labels)
-    exemplar, of_exemplar = _in_order(problem.exemplar, problem.exemplar_rows, base, labels)
+    negative, negative_at = _in_order(problem.negative, problem.negative_rows, base, labels)
+    exemplar, exemplar_at = _in_order(problem.exemplar, problem.exemplar_rows, base, labels)
     counts = [max(1, n) for n in (len(hidden), exemplar.size, exemplar.size, negative.size)]
-    factors = problem.weights
-    if problem.mean:  # relative to one base row: in the usual case 1, a pass less over the logits
+    factors = problem.loss_weights
+    if problem.mean:  # relative to one base row: usually 1, which saves a pass over the logits
         factors = [w * counts[0] / count for w, count in zip(factors, counts, strict=True)]
 
-    rows = _Rows(
-        hidden, labels if base is None else labels[base], negative, exemplar, problem.weight,
-        factors, problem.detach_exemplar, problem.dtype,
-    )  # fmt: skip
-    losses, row_gradient, head_gradient = _counted_rows(rows, wanted, row_scale)
+    rows = _CountedRows(
+        hidden=hidden,
+        labels=labels if base is None else labels[base],
+        negative=negative,
+        exemplar=exemplar,
+        weight=problem.weight,
+        factors=factors,
+        detach_exemplar=problem.detach_exemplar,
+        dtype=problem.dtype,
+    )
+    losses, row_gradient, head_gradient = _compute_counted(rows, wanted, row_scale)
     if problem.mean:
         losses = losses.sum(dim=1).div_(losses.new_tensor(counts))
         for gradient in (row_gradient, head_gradient):
@@ -102,11 +109,11 @@ def chunked_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None = No
                 gradient.div_(counts[0])
     elif base is not None:
         losses = losses.new_zeros(4, len(labels)).index_copy_(1, base, losses)
-    moved = base is not None or of_negative is not None or of_exemplar is not None
+    moved = base is not None or negative_at is not None or exemplar_at is not None
     if row_gradient is not None and moved:
-        stacked = [(problem.hidden, base), (problem.negative, of_negative)]
+        stacked = [(problem.hidden, base), (problem.negative, negative_at)]
         if wanted.exemplar:
-            stacked.append((problem.exemplar, of_exemplar))
+            stacked.append((problem.exemplar, exemplar_at))
         row_gradient = _as_given(row_gradient, stacked)
     return Result(losses, row_gradient, head_gradient)
 
@@ -114,9 +121,9 @@ def chunked_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None = No
 def _in_order(
     branch: Tensor, rows: Tensor | None, base: Tensor | None, labels: Tensor
 ) -> tuple[_Branch, Tensor | None]:
-    """The rows of a branch that count, and their numbers in the branch; None: all, as they are.
+    """The counted rows of a branch, and their indices in it; None: all rows, in the given order.
 
-    rows: numbers of the base rows that they belong to; base: of those that count; None: all
+    rows: the base row of each branch row; base: the counted base rows; None: all
     """
     if not len(branch) or (rows is None and base is None):
         return _Branch(branch), None
@@ -132,7 +139,7 @@ def _in_order(
 
 
 def _as_given(gradient: Tensor, stacked: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """Gradients of the rows that count, in the places of these among all; 0 for the others."""
+    """Gradients of counted rows, moved to the places of these among all rows; 0 elsewhere."""
     places, total = [], 0
     for rows, number in stacked:
         places.append((torch.arange(len(rows)) if number is None else number) + total)
@@ -141,8 +148,8 @@ def _as_given(gradient: Tensor, stacked: Sequence[tuple[Tensor, Tensor | None]])
     return full.index_copy_(0, torch.cat(places), gradient)
 
 
-def _counted_rows(
-    rows: _Rows, wanted: Wanted, row_scale: Tensor | None
+def _compute_counted(
+    rows: _CountedRows, wanted: Wanted, row_scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (4, rows); gradients of the base, negative and exemplar rows; that of the head."""
     count, negatives, exemplars = len(rows.hidden), rows.negative.size, rows.exemplar.size
@@ -151,8 +158,8 @@ def _counted_rows(
     losses = torch.zeros(4, count, dtype=dtype)
     row_gradient = head_gradient = None
     if wanted.hidden or wanted.exemplar:
-        kept = count + negatives + (exemplars if wanted.exemplar else 0)
-        row_gradient = torch.empty(kept, width, dtype=dtype)
+        stacked = count + negatives + (exemplars if wanted.exemplar else 0)
+        row_gradient = torch.empty(stacked, width, dtype=dtype)
     if wanted.weight:
         head_gradient = torch.zeros(weight.shape, dtype=dtype)
 
@@ -161,8 +168,8 @@ def _counted_rows(
     buffer = torch.empty(branches * min(size, count), vocab, dtype=dtype)
     for start in range(0, count, size):
         stop = min(start + size, count)
-        negative, own_negative = rows.negative.between(start, stop)
-        exemplar, own_exemplar = rows.exemplar.between(start, stop)
+        negative, negative_part = rows.negative.between(start, stop)
+        exemplar, exemplar_part = rows.exemplar.between(start, stop)
         base = inputs = rows.hidden[start:stop].to(dtype)
         if negatives:
             inputs = torch.cat([base, negative.of(base) - negative.rows.to(dtype)])
@@ -180,15 +187,15 @@ def _counted_rows(
         _chunk(chunk, rows, wanted, losses[:, start:stop])
         if row_gradient is not None:
             end = d_end + exemplar.size if wanted.exemplar else d_end
-            only = a_end == count  # chunk: its rows stand as all of them do
+            only = a_end == count  # the only chunk: its rows are stacked as the result is
             of_inputs = row_gradient if only else torch.empty(end, width, dtype=dtype)
             back(logits[:end], weight, of_inputs)
             _share_difference(of_inputs[:a_end], of_inputs[a_end:d_end], negative)
             if not only:
                 row_gradient[start:stop] = of_inputs[:a_end]
-                row_gradient[count:][own_negative] = of_inputs[a_end:d_end]
+                row_gradient[count:][negative_part] = of_inputs[a_end:d_end]
                 if wanted.exemplar:
-                    row_gradient[count + negatives :][own_exemplar] = of_inputs[d_end:]
+                    row_gradient[count + negatives :][exemplar_part] = of_inputs[d_end:]
         if head_gradient is not None:
             if row_scale is not None:
                 scale = row_scale[start:stop]
@@ -199,7 +206,7 @@ def _counted_rows(
 
 
 def _share_difference(of_base: Tensor, of_difference: Tensor, negative: _Branch) -> None:
-    """The gradient of h_a - h_n, in place: to h_a it is added, of h_n it becomes the negative."""
+    """Pass the gradient of h_a - h_n on, in place: add it to that of h_a, negate it for h_n."""
     if negative.size == 0:
         return
     if negative.at is None:
@@ -210,11 +217,11 @@ def _share_difference(of_base: Tensor, of_difference: Tensor, negative: _Branch)
 
 
 def chunk_rows(rows: int, row_bytes: int, head_bytes: int) -> int:
-    """Base rows of a chunk, MIN_ROWS at least; all chunks but the last have as many.
+    """Base rows per chunk, at least MIN_ROWS; all chunks but the last have this size.
 
-    Each chunk reads the head: logits of as many bytes as the head are worth that, and of a small
-    head as many as the cache holds, but never more than LOGIT_BYTES.
-    row_bytes: of one row's logits in all branches
+    Each chunk reads the head. A chunk with as many bytes of logits as the head has makes that
+    worthwhile. With a small head the logits may fill the cache; LOGIT_BYTES is the upper limit.
+    row_bytes: the logits of one base row in all branches
     """
     limit = min(LOGIT_BYTES, max(CACHED_BYTES, head_bytes))
     most = max(MIN_ROWS, limit // row_bytes)
@@ -223,9 +230,9 @@ def chunk_rows(rows: int, row_bytes: int, head_bytes: int) -> int:
 
 
 def project(inputs: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
-    """`logits` (rows, vocab) = inputs (rows, hidden) weightᵀ, a tile of the head at a time.
+    """`logits` (rows, vocab) = inputs (rows, hidden) weightᵀ, computed per tile of the head.
 
-    One product with a whole large head takes up to half as long again: the library packs all of it.
+    One product with a whole large head takes up to 1.5 times as long: the library packs all of it.
     """
     if weight.nbytes <= TILE_BYTES and weight.dtype == logits.dtype:
         return torch.mm(inputs, weight.T, out=logits)
@@ -237,7 +244,7 @@ def project(inputs: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
 def back(gradient: Tensor, weight: Tensor, of_inputs: Tensor) -> None:
     """`of_inputs` (rows, hidden) = gradient (rows, vocab) weight.
 
-    A head of 16 bits is widened a tile at a time: as a whole it would be twice its own size.
+    A 16-bit head is converted tile by tile: a converted copy of all of it would be twice its size.
     """
     if weight.dtype == gradient.dtype:
         torch.mm(gradient, weight, out=of_inputs)
@@ -248,7 +255,7 @@ def back(gradient: Tensor, weight: Tensor, of_inputs: Tensor) -> None:
 
 
 def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Which rows of the head, and these in the dtype that is computed in."""
+    """Slices of the head's rows, each with these rows in the dtype of the computation."""
     size = max(1, TILE_BYTES // max(1, weight.shape[1] * dtype.itemsize))
     for start in range(0, len(weight), size):
         tile = slice(start, start + size)
@@ -256,7 +263,7 @@ def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
 
 
 class _Logits(NamedTuple):
-    """Logits of some base rows (rows, vocab) and of their rows in the branches: d is a - n."""
+    """Logits of some base rows (rows, vocab) and of their branches; d is a - n."""
 
     a: Tensor
     d: _Branch
@@ -268,8 +275,8 @@ class _Logits(NamedTuple):
         return _Logits(self.a[start:stop], d, b, self.y[start:stop])
 
 
-def _chunk(chunk: _Logits, rows: _Rows, wanted: Wanted, losses: Tensor) -> None:
-    """Fill the losses (4, chunk rows); logits become their gradients, in place, by blocks."""
+def _chunk(chunk: _Logits, rows: _CountedRows, wanted: Wanted, losses: Tensor) -> None:
+    """Fill the losses (4, chunk rows) and turn the logits into their gradients, by blocks."""
     count, vocab = chunk.a.shape
     size = min(count, max(1, BLOCK_BYTES // (vocab * chunk.a.itemsize)))
     spare = chunk.a.new_empty(size, vocab) if chunk.b.size else chunk.b.rows
@@ -283,9 +290,9 @@ def _chunk(chunk: _Logits, rows: _Rows, wanted: Wanted, losses: Tensor) -> None:
 
 
 def _losses(block: _Logits, delta: Tensor, losses: Tensor) -> Tensor:
-    """Fill the losses (4, rows). Leaves p, r and q in the places of a, d and b, and δ in its own.
+    """Fill the losses (4, rows) and return E_p[δ] (rows with b, 1).
 
-    Returns E_p[δ] (with_b, 1).
+    Overwrites a, d and b with p, r and q, and `delta` with δ.
     """
     a, d, b, y = block
     if b.size:
@@ -294,31 +301,33 @@ def _losses(block: _Logits, delta: Tensor, losses: Tensor) -> Tensor:
     if d.size:
         d.put(losses[3], _softmax(d.rows, d.of(y))[0])
     if not b.size:
-        return delta  # of no rows
+        return delta  # without rows
     loss, peak_b, share_b = _softmax(b.rows, b.of(y))
     b.put(losses[1], loss)
     mean_delta = torch.linalg.vecdot(b.of(a), delta)
-    # One logarithm of a ratio near 1, not two of large sums: both nearly agree.
+    # The sums nearly agree: the logarithm of their ratio is exact where a difference of two
+    # logarithms is not.
     log_ratio = (share_b / b.of(share_a)).log_()
     b.put(losses[2], mean_delta - (b.of(peak_a) - peak_b) - log_ratio)
     return mean_delta[:, None]
 
 
 def _softmax(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (rows, vocab) becomes softmax(x); lse(x) - x_y, the largest x and its share, (rows,) each.
+    """Overwrite x (rows, vocab) with softmax(x); return three (rows,) tensors.
 
-    The largest share is 1 / sum(exp(x - max)): no pass of its own for the sum.
+    They are the losses lse(x) - x_y, the largest x, and its probability. The latter is
+    1 / sum(exp(x - max)), so that the sum needs no pass of its own.
     """
-    own = x.gather(1, y).squeeze(1)
+    x_y = x.gather(1, y).squeeze(1)
     peak = x.amax(dim=-1)
     share = torch.softmax(x, dim=-1, out=x).amax(dim=-1)
-    return peak - own - share.log(), peak, share
+    return peak - x_y - share.log(), peak, share
 
 
 def _gradients(
-    block: _Logits, delta: Tensor, mean_delta: Tensor, rows: _Rows, *, of_exemplar: bool
+    block: _Logits, delta: Tensor, mean_delta: Tensor, rows: _CountedRows, *, of_exemplar: bool
 ) -> None:
-    """Turn p, r and q (only `of_exemplar`) into da, dd and db, in place; δ is used up."""
+    """Turn p, r and q (only `of_exemplar`) into da, dd and db, in place; overwrites δ."""
     a, d, b, y = block
     f_v, f_e, f_k, f_c = rows.factors
     if d.size:
@@ -345,7 +354,7 @@ def _gradients(
 
 
 def _scale(x: Tensor, factor: float) -> None:
-    if factor != 1:  # a pass less in the usual case
+    if factor != 1:  # usually 1, which saves a pass
         x.mul_(factor)
 
 

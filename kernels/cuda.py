@@ -1,11 +1,15 @@
-"""The joint loss on a GPU: Triton row kernels between two products of the BLAS library.
+"""The joint loss on a GPU: Triton kernels for the rows, between two products of the BLAS library.
 
-One product makes the logits of all branches, in float32 (bfloat16 logits would be wrong by more
-than a small RDA loss is large). Two kernels read them, one for the statistics of the softmaxes
-and one for the gradients, which take the logits' place in memory, in the head's dtype. One
-product brings them back to hidden rows. Formulas: `kernels/problem.py`.
+The first product computes the logits of all branches in float32: the rounding of bfloat16 logits
+exceeds a small RDA loss. Two kernels read them. One computes the statistics of the softmaxes, the
+other the losses and the gradients of the logits, which replace the logits in memory, in the dtype
+of the head. The last products compute the gradients of the hidden rows and of the head. Formulas:
+`kernels/problem.py`.
 
-Where rows are fewer than multiprocessors, several programs share the vocabulary of a row.
+With fewer rows than multiprocessors, several programs share the vocabulary of a row.
+
+This file never waits for the device, so that CUDA graphs can capture it. Without CUDA,
+TRITON_INTERPRET=1 runs the kernels on CPU tensors.
 """
 
 from collections.abc import Iterable
@@ -17,20 +21,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.problem import PARTS, Problem, Result, Wanted, all_owned, counted, slots, spread
-from kernels.reference import IGNORE_INDEX
+from kernels.problem import (
+    IGNORE_INDEX,
+    LOSSES,
+    Problem,
+    Result,
+    Wanted,
+    all_owned,
+    counted,
+    slots,
+    spread,
+)
 
-BLOCK = 2048  # columns a step: 8 per thread and branch, which leaves no register spilled
+BLOCK = 2048  # columns per step: 8 per thread and branch, so that no register spills
 WARPS = 8
-ALIGN = 64  # elements; a row of odd length would leave the fast paths of the products
-FLOAT16_EXPONENT = 15  # scaled gradients of logits stay below 2^15, half of what overflows
+ALIGN = 64  # elements; products with rows of odd length are slow
+FLOAT16_EXPONENT = 15  # scaled gradients of logits stay below 2^15; 2^16 overflows
 STATISTICS = 8  # per row: max and sum of a, of b and of d, Σ e^(a - max)(a - b), max |a - b|
 
-# Multiplications and additions are not contracted: the default differs between Triton versions.
+# Multiplications and additions are not fused: the default differs between Triton versions.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 
 
-@triton.jit(do_not_specialize=["rows", "negatives"])  # a kernel for each number of rows is slow
+@triton.jit(do_not_specialize=["rows", "negatives"])  # else each number of rows compiles anew
 def statistics_kernel(
     logits,  # (rows + negatives + exemplars, stride) float32
     labels,  # (rows,) int64
@@ -43,7 +56,7 @@ def statistics_kernel(
     stride,  # of logits, a multiple of ALIGN
     IGNORE: tl.constexpr,
     STATISTICS: tl.constexpr,
-    REACH: tl.constexpr,  # whether max |a - b| is wanted
+    REACH: tl.constexpr,  # whether to compute max |a - b|
     BLOCK: tl.constexpr,
 ):
     """Online statistics of one row over one share of the vocabulary."""
@@ -58,14 +71,14 @@ def statistics_kernel(
     n_row = logits + (rows + tl.maximum(negative, 0)).to(tl.int64) * stride
     b_row = logits + (rows + negatives + tl.maximum(exemplar, 0)).to(tl.int64) * stride
 
-    # Loads end with the padded row, whose length is a multiple of 16: up to the vocabulary itself,
-    # of any length, they could not be made in vectors. What padding holds is cut off by `inside`.
+    # Loads go up to the stride, a multiple of 16, and not to the vocabulary, which has any size:
+    # only then can Triton load vectors. `inside` masks the padding.
     share = tl.cdiv(tl.cdiv(stride, BLOCK), splits) * BLOCK
     stop = tl.minimum((split + 1) * share, stride)
-    # A branch that the row has not got ends before it begins: it is not read and costs nothing.
+    # A missing branch gets an empty range, so nothing is loaded.
     n_stop = tl.where(negative >= 0, stop, 0)
     b_stop = tl.where(exemplar >= 0, stop, 0)
-    # Finite, so that no difference of two of them is NaN.
+    # Finite, since the difference of two infinities would be NaN.
     max_a = -1.0e30
     max_b = -1.0e30
     max_d = -1.0e30
@@ -82,7 +95,7 @@ def statistics_kernel(
         b = tl.where(inside, tl.load(b_row + columns, mask=columns < b_stop, other=0.0), 0.0)
         delta = a - b
         if REACH:
-            reach = tl.maximum(reach, tl.max(tl.abs(delta), 0))  # 0 in the padding
+            reach = tl.maximum(reach, tl.max(tl.abs(delta), 0))  # the padding has 0
         d = tl.where(inside, a - n, -1.0e30)
         a = tl.where(inside, a, -1.0e30)
         b = tl.where(inside, b, -1.0e30)
@@ -112,10 +125,10 @@ def statistics_kernel(
         tl.store(out + 7, reach)
 
 
-@triton.jit(do_not_specialize=["rows", "negatives"])  # a kernel for each number of rows is slow
+@triton.jit(do_not_specialize=["rows", "negatives"])  # else each number of rows compiles anew
 def gradient_kernel(
     logits,  # (rows + negatives + exemplars, stride) float32
-    gradient,  # (.., gradient_stride) in the head's dtype, out; may be the memory of `logits`
+    gradient,  # (.., gradient_stride) in the head's dtype, out; may share the memory of `logits`
     labels,
     negative_of,
     exemplar_of,
@@ -135,7 +148,7 @@ def gradient_kernel(
     DETACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Losses of one row, and its gradients over one share of the vocabulary."""
+    """Losses of one row, and the gradients of its logits over one share of the vocabulary."""
     row = tl.program_id(0)
     split = tl.program_id(1)
     label = tl.load(labels + row)
@@ -151,7 +164,7 @@ def gradient_kernel(
     valid = (label >= 0) & (label < vocab)
     counts = label != IGNORE
 
-    # Shares of the vocabulary are merged in their order: every run gives the same bits.
+    # Shares of the vocabulary merge in a fixed order, so that every run gives the same bits.
     max_a = -1.0e30
     max_b = -1.0e30
     max_d = -1.0e30
@@ -167,14 +180,14 @@ def gradient_kernel(
         new_a = tl.maximum(max_a, part_a)
         new_b = tl.maximum(max_b, part_b)
         new_d = tl.maximum(max_d, part_d)
-        old = tl.exp(max_a - new_a)
-        own = tl.exp(part_a - new_a)
-        sum_a = sum_a * old + tl.load(at + 1, mask=counts, other=1.0) * own
-        sum_delta = sum_delta * old + tl.load(at + 2, mask=counts, other=0.0) * own
-        own_b = tl.load(at + 4, mask=counts, other=1.0) * tl.exp(part_b - new_b)
-        own_d = tl.load(at + 6, mask=counts, other=1.0) * tl.exp(part_d - new_d)
-        sum_b = sum_b * tl.exp(max_b - new_b) + own_b
-        sum_d = sum_d * tl.exp(max_d - new_d) + own_d
+        shrink = tl.exp(max_a - new_a)
+        shrink_part = tl.exp(part_a - new_a)
+        sum_a = sum_a * shrink + tl.load(at + 1, mask=counts, other=1.0) * shrink_part
+        sum_delta = sum_delta * shrink + tl.load(at + 2, mask=counts, other=0.0) * shrink_part
+        part_sum_b = tl.load(at + 4, mask=counts, other=1.0) * tl.exp(part_b - new_b)
+        part_sum_d = tl.load(at + 6, mask=counts, other=1.0) * tl.exp(part_d - new_d)
+        sum_b = sum_b * tl.exp(max_b - new_b) + part_sum_b
+        sum_d = sum_d * tl.exp(max_d - new_d) + part_sum_d
         max_a = new_a
         max_b = new_b
         max_d = new_d
@@ -187,7 +200,8 @@ def gradient_kernel(
         wrong = a_y - a_y  # 0, or NaN for a label outside the vocabulary
         response = max_a - a_y + tl.log(sum_a)
         alone = max_b - b_y + tl.log(sum_b) + wrong
-        # One logarithm of a ratio near 1, not two of large sums: the branches nearly agree.
+        # The sums nearly agree: the logarithm of their ratio is exact where a difference of two
+        # logarithms is not.
         rda = mean_delta - (max_a - max_b) - tl.log(sum_a / sum_b) + wrong
         crt = max_d - (a_y - n_y) + tl.log(sum_d)
         tl.store(losses + row, tl.where(counts, response, 0.0))
@@ -222,8 +236,8 @@ def gradient_kernel(
             r = tl.exp(a - n - max_d) / sum_d
             of_n = f_c * (hit - r)
             of_a = f_v * (p - hit) + f_k * p * (a - b - mean_delta) - of_n
-            # Gradients are half as wide as logits and may lie in their place: those of this step
-            # reach back only, to columns that were read in this step or before, by all threads.
+            # Gradients are at most as wide as logits and may share their memory. The stores of this
+            # step only overwrite columns that were read by now; the barrier waits for all threads.
             tl.debug_barrier()
             tl.store(a_out + columns, tl.where(use, of_a, 0.0), mask=columns < stop)
             tl.store(n_out + columns, tl.where(use, of_n, 0.0), mask=columns < n_stop)
@@ -235,69 +249,82 @@ def gradient_kernel(
                 tl.store(b_out + columns, tl.where(use, of_b, 0.0), mask=columns < b_stop)
 
 
-class _Rows(NamedTuple):
-    """A problem as the kernels read it; nothing that it is made from waits for the device.
+class _Indexed(NamedTuple):
+    """A problem with the row numbers and factors that the kernels read, on its device.
 
-    negative_of, exemplar_of: (rows,) int64, the row's own row in the branch, -1 for none
+    negative_of, exemplar_of: (rows,) int64, the row's index in the branch, -1 for none
     factors: (4,) float32, f_v, f_e, f_k, f_c
     """
 
-    hidden: Tensor
-    negative: Tensor
-    exemplar: Tensor
-    weight: Tensor
-    labels: Tensor
+    problem: Problem
     negative_of: Tensor
     exemplar_of: Tensor
     factors: Tensor
-    detach_exemplar: bool
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Base rows, negative rows, vocabulary."""
+        return len(self.problem.hidden), len(self.problem.negative), len(self.problem.weight)
+
+    @property
+    def indices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows,) each: labels, and the indices of the branches."""
+        return self.problem.labels.contiguous(), self.negative_of, self.exemplar_of
+
+    def stack(self, values: Tensor) -> Tensor:
+        """Values (rows,) of base rows, for base, negative and exemplar rows in that order."""
+        negatives, exemplars = len(self.problem.negative), len(self.problem.exemplar)
+        return torch.cat(
+            [
+                values,
+                spread(values, self.negative_of, negatives),
+                spread(values, self.exemplar_of, exemplars),
+            ]
+        )
 
 
-def triton_rows(problem: Problem, wanted: Wanted, row_scale: Tensor | None = None) -> Result:
+def compute(problem: Problem, wanted: Wanted, row_scale: Tensor | None = None) -> Result:
     """Losses and gradients; `row_scale` (rows,) scales each row's part of the head's gradient."""
     hidden = problem.hidden
     float32 = {"dtype": torch.float32, "device": hidden.device}
-    rows = _Rows(
-        hidden,
-        problem.negative,
-        problem.exemplar,
-        problem.weight,
-        problem.labels,
+    indexed = _Indexed(
+        problem,
         slots(problem.negative_rows, len(problem.negative), hidden),
         slots(problem.exemplar_rows, len(problem.exemplar), hidden),
-        # no torch.tensor(weights): a copy from the host would break a graph capture
-        torch.stack([torch.full((), w, **float32) for w in problem.weights]),
-        problem.detach_exemplar,
+        # torch.tensor(loss_weights) would copy from the host, which breaks a graph capture.
+        torch.stack([torch.full((), w, **float32) for w in problem.loss_weights]),
     )
     if not problem.mean:
-        return _summed(rows, wanted, row_scale)
-    # Factors relative to one counted base row. 1/rows itself is applied to the finished
-    # gradients: in it, float16 logits would underflow.
-    numbers = _numbers(rows)
-    rows = rows._replace(factors=rows.factors * numbers[0] / numbers)
-    result = _summed(rows, wanted, row_scale)
+        return _summed(indexed, wanted, row_scale)
+    # The factors are relative to one counted base row. Dividing the finished gradients by the
+    # number of these keeps float16 gradients of logits from underflowing.
+    counts = _counts(indexed)
+    indexed = indexed._replace(factors=indexed.factors * counts[0] / counts)
+    result = _summed(indexed, wanted, row_scale)
     for gradient in result[1:]:
         if gradient is not None:
-            gradient.div_(numbers[0])
-    return result._replace(losses=result.losses.sum(dim=1) / numbers)
+            gradient.div_(counts[0])
+    return result._replace(losses=result.losses.sum(dim=1) / counts)
 
 
-def _numbers(problem: _Rows) -> Tensor:
-    """(4,) float32: how many rows count in each loss, 1 for none.
+def _counts(indexed: _Indexed) -> Tensor:
+    """(4,) float32: the number of counted rows of each loss, 1 for none.
 
-    The number of an absent branch, whose losses are zeros, is that of the base rows.
+    An absent branch has the number of the base rows; its losses are zeros.
     """
+    problem = indexed.problem
     use = counted(problem.labels)
     base = use.sum()
-    exemplar = (use & (problem.exemplar_of >= 0)).sum() if len(problem.exemplar) else base
-    negative = (use & (problem.negative_of >= 0)).sum() if len(problem.negative) else base
+    exemplar = (use & (indexed.exemplar_of >= 0)).sum() if len(problem.exemplar) else base
+    negative = (use & (indexed.negative_of >= 0)).sum() if len(problem.negative) else base
     return torch.stack([base, exemplar, exemplar, negative]).clamp(min=1).float()
 
 
-def _summed(problem: _Rows, wanted: Wanted, row_scale: Tensor | None) -> Result:
-    """Losses (4, rows), and gradients of their sum weighted by the factors."""
+def _summed(indexed: _Indexed, wanted: Wanted, row_scale: Tensor | None) -> Result:
+    """Losses (4, rows), and the gradients of their sum weighted by the factors."""
+    problem = indexed.problem
     hidden, weight = problem.hidden, problem.weight
-    rows, negatives, vocab = len(hidden), len(problem.negative), len(weight)
+    rows, negatives, vocab = indexed.sizes
     float32 = {"dtype": torch.float32, "device": hidden.device}
     inputs = torch.cat([hidden, problem.negative, problem.exemplar])
     stride = -(-vocab // ALIGN) * ALIGN
@@ -305,57 +332,66 @@ def _summed(problem: _Rows, wanted: Wanted, row_scale: Tensor | None) -> Result:
     losses = torch.zeros(4, rows, **float32)
     splits = _splits(rows, hidden.device)
     gradient = _gradient_memory(logits, weight.dtype, in_place=splits == 1) if any(wanted) else None
-    scales: list[Tensor] = []  # of the logits' gradients, undone after the products
+    scales: list[Tensor] = []  # of the gradients of the logits; undone after the products
     if rows:
         _product(inputs, weight.T, logits[:, :vocab])
         float16 = weight.dtype == torch.float16
-        partial = _statistics(problem, logits, splits, reach=float16)
+        partial = _statistics(indexed, logits, splits, reach=float16)
         if float16:
-            scales.append(_gradient_scale(problem, partial))
-            problem = problem._replace(factors=problem.factors * scales[0])
+            scales.append(_gradient_scale(indexed, partial))
+            indexed = indexed._replace(factors=indexed.factors * scales[0])
         with_exemplar = wanted.exemplar or wanted.weight
-        _gradients(problem, logits, gradient, losses, partial, with_exemplar=with_exemplar)
+        _gradients(indexed, logits, gradient, losses, partial, with_exemplar=with_exemplar)
+    _mark_wrong_rows(indexed, losses)
 
-    # A row that no base row owns (its number outside, or given twice) is a mistake that cannot be
-    # raised without stalling the stream: its loss is NaN.
-    for part, slot_of, branch in (
-        (1, problem.exemplar_of, problem.exemplar),
-        (2, problem.exemplar_of, problem.exemplar),
-        (3, problem.negative_of, problem.negative),
-    ):
-        losses[part] += torch.where(all_owned(slot_of, len(branch)), 0.0, float("nan"))
     of_hidden = of_weight = None
     if gradient is not None:
         gradient = gradient[:, :vocab]
-        # Unused rows have gradient 0, and are masked since 0 times a NaN would be NaN. A row
-        # without owner, whose loss is NaN, has none: the head's gradient is then worthless too.
+        # Ignored rows have gradient 0, but are masked all the same, since 0 times NaN is NaN. A
+        # branch row that belongs to no base row is masked too: its loss is NaN, and the gradient
+        # of the head means nothing then.
         labels = problem.labels
-        unused = ~_of_all((labels >= 0) & (labels < vocab), problem)[:, None]
+        unused = ~indexed.stack((labels >= 0) & (labels < vocab))[:, None]
         if wanted.hidden or wanted.exemplar:
-            kept = len(inputs) if wanted.exemplar else rows + negatives
-            of_hidden = torch.empty(kept, hidden.shape[1], **float32)
-            _product(gradient[:kept], weight, of_hidden)
-            _unscale(of_hidden.masked_fill_(unused[:kept], 0), scales)
+            stacked = len(inputs) if wanted.exemplar else rows + negatives
+            of_hidden = torch.empty(stacked, hidden.shape[1], **float32)
+            _product(gradient[:stacked], weight, of_hidden)
+            _unscale(of_hidden.masked_fill_(unused[:stacked], 0), scales)
         if wanted.weight:
             if row_scale is not None:
-                # Scaled to at most 1, for a mean over many rows would underflow in float16.
+                # Scaled to at most 1: those of a mean over many rows would underflow in float16.
                 largest = torch.cat([row_scale, row_scale.new_zeros(1)]).abs().amax()
                 scales.append(_power_of_two(largest, 0))
-                own = _of_all(row_scale * scales[-1], problem)
-                inputs = (inputs * own[:, None]).to(weight.dtype)
+                factor = indexed.stack(row_scale * scales[-1])
+                inputs = (inputs * factor[:, None]).to(weight.dtype)
             of_weight = torch.empty(weight.shape, **float32)
             _product(gradient.T, inputs.masked_fill(unused, 0), of_weight)
             _unscale(of_weight, scales)
     return Result(losses, of_hidden, of_weight)
 
 
-def _statistics(problem: _Rows, logits: Tensor, splits: int, *, reach: bool) -> Tensor:
-    """(rows, splits, STATISTICS), each share of the vocabulary's; nothing for ignored rows."""
-    rows, negatives, vocab = len(problem.hidden), len(problem.negative), len(problem.weight)
+def _mark_wrong_rows(indexed: _Indexed, losses: Tensor) -> None:
+    """Set the losses of a branch to NaN if a row number is out of range or given twice.
+
+    Raising an error instead would stall the stream.
+    """
+    problem = indexed.problem
+    for name, slot_of, branch in (
+        ("exemplar", indexed.exemplar_of, problem.exemplar),
+        ("rda", indexed.exemplar_of, problem.exemplar),
+        ("crt", indexed.negative_of, problem.negative),
+    ):
+        wrong = torch.where(all_owned(slot_of, len(branch)), 0.0, float("nan"))
+        losses[LOSSES.index(name)] += wrong
+
+
+def _statistics(indexed: _Indexed, logits: Tensor, splits: int, *, reach: bool) -> Tensor:
+    """(rows, splits, STATISTICS), one per share of the vocabulary; not filled for ignored rows."""
+    rows = indexed.sizes[0]
     partial = logits.new_empty(rows, splits, STATISTICS)
     with _on(logits):
         statistics_kernel[rows, splits](
-            logits, *_own(problem), partial, rows, negatives, vocab, logits.stride(0),
+            logits, *indexed.indices, partial, *indexed.sizes, logits.stride(0),
             IGNORE=IGNORE_INDEX, STATISTICS=STATISTICS, REACH=reach, BLOCK=_block(logits),
             **OPTIONS,
         )  # fmt: skip
@@ -363,7 +399,7 @@ def _statistics(problem: _Rows, logits: Tensor, splits: int, *, reach: bool) -> 
 
 
 def _gradients(
-    problem: _Rows,
+    indexed: _Indexed,
     logits: Tensor,
     gradient: Tensor | None,
     losses: Tensor,
@@ -371,21 +407,17 @@ def _gradients(
     *,
     with_exemplar: bool,
 ) -> None:
-    """Fill the losses and, where there is memory for them, the gradients of the logits."""
-    rows, negatives, vocab = len(problem.hidden), len(problem.negative), len(problem.weight)
-    splits, out = partial.shape[1], logits if gradient is None else gradient
+    """Fill the losses and, unless `gradient` is None, the gradients of the logits."""
+    rows, splits = partial.shape[:2]
+    out = logits if gradient is None else gradient
     with _on(logits):
         gradient_kernel[rows, splits](
-            logits, out, *_own(problem), partial, problem.factors, losses, rows, negatives,
-            vocab, logits.stride(0), out.stride(0),
+            logits, out, *indexed.indices, partial, indexed.factors, losses, *indexed.sizes,
+            logits.stride(0), out.stride(0),
             IGNORE=IGNORE_INDEX, STATISTICS=STATISTICS, SPLITS=splits,
             GRADIENT=gradient is not None, EXEMPLAR_GRADIENT=with_exemplar,
-            DETACH=problem.detach_exemplar, BLOCK=_block(logits), **OPTIONS,
+            DETACH=indexed.problem.detach_exemplar, BLOCK=_block(logits), **OPTIONS,
         )  # fmt: skip
-
-
-def _own(problem: _Rows) -> tuple[Tensor, Tensor, Tensor]:
-    return problem.labels.contiguous(), problem.negative_of, problem.exemplar_of
 
 
 def _block(logits: Tensor) -> int:
@@ -393,12 +425,12 @@ def _block(logits: Tensor) -> int:
 
 
 def _on(logits: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whichever tensors it is given."""
+    """Make the device of `logits` current: Triton launches there, whatever tensors it is given."""
     return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
 
 
 def _splits(rows: int, device: torch.device) -> int:
-    """Programs per row: a power of two (each is a kernel of its own) that fills the device."""
+    """Programs per row that fill the device: a power of two, since each number compiles anew."""
     if device.type != "cuda" or rows == 0:
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -406,26 +438,26 @@ def _splits(rows: int, device: torch.device) -> int:
 
 
 def _gradient_memory(logits: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
-    """Where gradients go: the logits' own memory, if one program reads and writes a whole row."""
+    """Memory for gradients: that of the logits, if one program reads and writes a whole row."""
     return logits.view(dtype) if in_place else torch.empty_like(logits, dtype=dtype)
 
 
-def _gradient_scale(problem: _Rows, partial: Tensor) -> Tensor:
-    """() power of two that the logits' gradients are multiplied by while float16 holds them.
+def _gradient_scale(indexed: _Indexed, partial: Tensor) -> Tensor:
+    """() power of two that multiplies the gradients of the logits while they are float16.
 
-    Those of a large vocabulary would underflow, those of far apart branches overflow:
-    |da| <= f_v + f_c + f_k p |δ - E_p[δ]|, and no δ is further from the mean than 2 max |δ|.
+    Without it, those of a large vocabulary underflow, and those of distant branches overflow:
+    |da| <= f_v + f_c + f_k p |δ - E_p[δ]|, where no δ is further from the mean than 2 max |δ|.
     """
-    f = problem.factors.abs()
-    used = counted(problem.labels) & (problem.exemplar_of >= 0)
+    f = indexed.factors.abs()
+    used = counted(indexed.problem.labels) & (indexed.exemplar_of >= 0)
     reach = partial[:, :, STATISTICS - 1].amax(dim=1).where(used, 0).amax()
-    return _power_of_two(f.sum() + 2 * f[PARTS.index("rda")] * reach, FLOAT16_EXPONENT)
+    return _power_of_two(f.sum() + 2 * f[LOSSES.index("rda")] * reach, FLOAT16_EXPONENT)
 
 
 def _power_of_two(largest: Tensor, exponent: int) -> Tensor:
-    """() by which `largest` has to be multiplied to lie below 2^exponent, and above half of it."""
-    _, own = torch.frexp(largest)
-    return torch.ldexp(torch.ones_like(largest), exponent - own)
+    """() factor that brings `largest` below 2^exponent, and to at least half of that."""
+    _, exponent_of_largest = torch.frexp(largest)
+    return torch.ldexp(torch.ones_like(largest), exponent - exponent_of_largest)
 
 
 def _unscale(gradient: Tensor, scales: Iterable[Tensor]) -> None:
@@ -434,21 +466,10 @@ def _unscale(gradient: Tensor, scales: Iterable[Tensor]) -> None:
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right in float32, whatever the inputs' dtype."""
+    """out = left @ right in float32, for any dtype of the inputs."""
     if left.dtype == torch.float32:
         torch.mm(left, right, out=out)
     elif left.is_cuda:
         torch.mm(left, right, out_dtype=torch.float32, out=out)
-    else:  # the interpreter's tensors: there is no such kernel on the CPU
+    else:  # in the interpreter: the CPU has no such kernel
         torch.mm(left.float(), right.float(), out=out)
-
-
-def _of_all(values: Tensor, problem: _Rows) -> Tensor:
-    """Values (rows,) of base rows, for the rows of all branches as they are stacked."""
-    return torch.cat(
-        [
-            values,
-            spread(values, problem.negative_of, len(problem.negative)),
-            spread(values, problem.exemplar_of, len(problem.exemplar)),
-        ]
-    )
