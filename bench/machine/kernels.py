@@ -23,7 +23,7 @@ from torch import Tensor
 from bench.machine.peers import OPERATIONS, Inputs, Loss, peers
 from bench.machine.speed import MIB, Clock, Spread, interleaved, peak_mib
 from bench.suite import MachineSuite, Measured
-from kernels.chunked import project
+from kernels.cpu import project
 
 COLUMNS = (
     "device", "dtype", "operation", "implementation", "rows", "hidden", "vocab", "pass",

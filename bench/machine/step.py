@@ -25,7 +25,13 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from bench.machine.speed import Clock, Spread, interleaved, peak_mib
 from bench.suite import MachineSuite, Measured
 from kernels import IGNORE_INDEX, crt_loss, rda_loss, response_loss
-from vitask.branches import BranchRows, Samples, prompt_embeddings, response_hidden, three_forwards
+from vitask.branches import (
+    BatchInputs,
+    BranchRows,
+    prompt_embeddings,
+    response_hidden,
+    three_forwards,
+)
 from vitask.exemplar import ExemplarConnector
 from vitask.objective import Weights, joint_loss
 from vitask.score import Trie, response_log_probabilities
@@ -102,7 +108,7 @@ class Bench:
             if p.requires_grad
         ]  # fmt: skip
         prompt = Prompt(before=self._ids(BEFORE), after=self._ids(INSTRUCTION))
-        self.samples = Samples(
+        self.samples = BatchInputs(
             prompts=[prompt] * batch,
             responses=[self._ids(RESPONSE) for _ in range(batch)],
             image=torch.randn(batch, shape.image_tokens, shape.hidden, device=device).to(dtype),
@@ -152,7 +158,9 @@ class Bench:
         }
         return {name: count * self.batch for name, count in per_image.items()}
 
-    def _step(self, forward: Callable[..., BranchRows], samples: Samples, weights: Weights) -> None:
+    def _step(
+        self, forward: Callable[..., BranchRows], samples: BatchInputs, weights: Weights
+    ) -> None:
         rows = forward(self.vlm, self.connector, samples, "cls")
         self._backward(joint_loss(self.vlm, rows, weights, detach_exemplar=True).total)
 

@@ -17,6 +17,18 @@ from vitask.recipes import Recipe
 
 COMPUTING = ("bench.runs.work", "bench.runs.judge")  # beside a suite's own file
 # Not decided by these: the name is a label, data enter by content, memory moves features only.
+DATA = tuple(
+    f"vitask/data/{name}.py"
+    for name in (
+        "archive",
+        "card",
+        "external",
+        "loading",
+        "looks",
+        "medmnist",
+        "phantom",
+    )
+)  # fmt: skip  (data enter by their content, not by the code that reads or draws them)
 NEVER = {"name", "sources", "train_limit", "val_limit", "feature_memory_mib"}
 
 
@@ -31,7 +43,7 @@ def model_ingredients(
     exemplar: str = "tsm",
 ) -> dict[str, Any]:
     """Of a model that `module` trains. A TSM's own ingredients are in its key."""
-    found = _of(code([module]), recipe, versions)
+    found = _of(code([module], DATA), recipe, versions)
     if module != "vitask.tsm":
         found = {k: v for k, v in found.items() if not k.startswith("recipe.tsm")}
         found |= {"tsm": tsm_key, "exemplar": exemplar} | _weights(recipe)
@@ -48,7 +60,7 @@ def set_ingredients(
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
     """Of all records of the suite in `module`, whatever their method and seed."""
-    found = _of(code([module, *COMPUTING]), recipe, versions) | _weights(recipe)
+    found = _of(code([module, *COMPUTING], DATA), recipe, versions) | _weights(recipe)
     for kind, some in (("data", datasets), ("evaluated", evaluated)):
         for name, dataset in some.items():
             found[f"{kind}.{name}"] = [*data_of(dataset, SPLITS), instruction(dataset.spec)]
