@@ -340,20 +340,32 @@ def predict(
         typer.Option(help="With or without the task-specific model; default: with, if there."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="CSV file; default: standard output.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time; default: the recipe's.")
+    ] = None,
 ) -> None:
-    """Class probabilities and answers for a folder of images, as CSV."""
+    """Answers and class probabilities for a folder of images, as CSV.
+
+    Exit code 1 if an image could not be read; its row says why.
+    """
     from vitask.guard import refuse_hub_kernels
 
     refuse_hub_kernels()
-    from bench.predict import predict_folder
+    from bench.commands.predict import predict_folder
 
-    text = predict_folder(checkpoint, folder, dataset, exemplar=exemplar).to_csv(index=False)
-    if output is None:
-        typer.echo(text, nl=False)
-        return
-    from bench.record import write_text
-
-    write_text(output, text)
+    try:
+        unreadable = predict_folder(
+            checkpoint,
+            folder,
+            dataset=dataset,
+            exemplar=exemplar,
+            output=output,
+            batch_size=batch_size,
+        )
+    except KeyboardInterrupt:
+        stop("interrupted; the same command starts again with the first image", FAILED)
+    if unreadable:
+        stop(f"{unreadable} image(s) could not be read; see the column error", FAILED)
 
 
 def _runs(folders: Sequence[Path] | None, out: Path) -> list[Path]:
