@@ -176,9 +176,8 @@ def show(
 @clean
 def print_recipe(name: Annotated[str, typer.Argument(help="A recipe; see `list`.")]) -> None:
     """Print a recipe as TOML, to start a file for `run --recipe FILE.toml` from."""
-    from vitask.settings import to_toml
-
     from vitask.recipes import RECIPES
+    from vitask.settings import to_toml
 
     check_known("recipe", name, RECIPES)
     typer.echo(to_toml(RECIPES[name]), nl=False)
@@ -327,6 +326,41 @@ def doctor(data_root: Roots = None) -> None:
         typer.echo(f"{mark} {one.what}: {one.value}")
     if any(one.ok is False for one in findings):
         raise typer.Exit(FAILED)
+
+
+@app.command()
+@clean
+def predict(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that a run or save_pretrained wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images.")],
+    dataset: Annotated[str | None, typer.Option(help="The dataset whose question to ask.")] = None,
+    exemplar: Annotated[
+        bool | None,
+        typer.Option(help="With or without the task-specific model; default: with, if present."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="CSV file; default: standard output.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time; default: the recipe's.")
+    ] = None,
+) -> None:
+    """Answers and class probabilities for a folder of images, as CSV.
+
+    Exit code 1 if an image could not be read; its row says why.
+    """
+    from vitask.guard import refuse_hub_kernels
+
+    refuse_hub_kernels()
+    from bench.commands.predict import predict_folder
+
+    try:
+        unreadable = predict_folder(
+            checkpoint, folder, dataset=dataset, exemplar=exemplar, output=output,
+            batch_size=batch_size,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        stop("interrupted; the same command starts again with the first image", FAILED)
+    if unreadable:
+        stop(f"{unreadable} image(s) could not be read; see the column error", FAILED)
 
 
 def _runs(folders: Sequence[Path] | None, out: Path) -> list[Path]:

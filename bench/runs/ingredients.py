@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.runs.keys import code, fields_read, key, weights
 from vitask.data.spec import SPLITS, Dataset
-from vitask.pocket.model import WEIGHTS
+from vitask.pocket import POCKET
 from vitask.prompts import instruction
 from vitask.recipes import Recipe
 
@@ -95,7 +95,7 @@ def _of(modules: Mapping[str, str], recipe: Recipe, versions: Mapping[str, str])
 
 def _weights(recipe: Recipe) -> dict[str, str]:
     """The base VLM's files, where they are on this machine."""
-    place = WEIGHTS if recipe.vlm == "pocket" else Path(recipe.vlm)
+    place = POCKET if recipe.vlm == "pocket" else Path(recipe.vlm)
     return {"weights": weights(place)} if place.is_dir() else {}
 
 

@@ -41,8 +41,8 @@ def judge(suite: Suite, outcome: Outcome, datasets: Mapping[str, Dataset]) -> Ju
         own = plain(points(Items.of(found.items[name]), suite.measured))
         found.metrics[name] = found.metrics.get(name, {}) | own
     for name, values in outcome.values.items():
-        fixed = {k: float(v) for k, v in values.items() if k not in outcome.measured}
-        found.metrics[name] = found.metrics.get(name, {}) | fixed
+        own = {k: float(v) for k, v in values.items() if k not in outcome.measured}
+        found.metrics[name] = found.metrics.get(name, {}) | own
         if varying := {k: float(v) for k, v in values.items() if k in outcome.measured}:
             found.varying[name] = varying
     return found

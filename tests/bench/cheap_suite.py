@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from vitask.baselines import majority
 from bench.runs.work import Work
 from bench.suite import Method, Outcome, Suite, Training
+from vitask.baselines import majority
 from vitask.prompts import candidates
 from vitask.recipes import Recipe
 from vitask.score import Prediction

@@ -6,16 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
 from bench import doctor, runs
 from bench.__main__ import app
 from bench.suite import SUITES, suite
-from vitask.recipes import RECIPES, vanilla
+from vitask.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "pandas", "transformers", "sklearn", "medmnist", "timm", "pyarrow")
@@ -270,53 +267,6 @@ def test_the_hub_package_is_refused_before_anything_is_imported(monkeypatch, pla
     done = bench("run", "cheap", "--recipe", "tiny", "--out", plan.out)
     assert done.exit_code == 1
     assert not plan.out.exists()
-
-
-def test_predict_writes_a_row_an_image(tmp_path):
-    from vitask.checkpoint import Task, VITask
-    from vitask.data import load
-    from vitask.vlm import VLM
-
-    vlm = VLM.load("pocket")
-    vlm.add_lora(rank=2, alpha=4, dropout=0.0)
-    tasks = {name: Task.of(load(name, source="phantom")) for name in ("octmnist", "breastmnist")}
-    VITask(vlm, vanilla(RECIPES["pocket"]), tasks).save_pretrained(tmp_path / "model")
-    images = tmp_path / "images"
-    (images / "deep").mkdir(parents=True)
-    Image.new("RGB", (50, 30)).save(images / "deep" / "one.PNG")
-    Image.new("L", (28, 28), 200).save(images / "zero.jpg")
-    (images / "notes.txt").touch()
-    words = ("predict", tmp_path / "model", images)
-    done = bench(*words)
-    assert done.exit_code == 1
-    assert "octmnist, breastmnist" in done.output  # which question?
-    words = (*words, "--dataset", "octmnist")
-    done = bench(*words, "--output", tmp_path / "answers.csv")
-    assert done.exit_code == 0, done.output
-    frame = pd.read_csv(tmp_path / "answers.csv")
-    answers = list(tasks["octmnist"].candidates.texts)
-    assert list(frame) == ["file", "trained_on", "answer", "generated", *answers]
-    assert set(frame.trained_on) == {"PHANTOM data"}
-    assert frame.file.tolist() == ["deep/one.PNG", "zero.jpg"]
-    np.testing.assert_allclose(frame[answers].sum(axis=1), 1)
-    assert frame.answer.tolist() == frame[answers].idxmax(axis=1).tolist()
-    (images / "broken.png").write_bytes(b"no image")
-    done = bench(*words)
-    assert done.exit_code == 1
-    assert "broken.png" in done.output
-
-
-def test_sixteen_bit_images_are_scaled_and_not_cut_off(tmp_path):
-    from bench.commands.predict import read_image
-
-    ramp = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
-    Image.fromarray(ramp).save(tmp_path / "deep.png")
-    Image.fromarray((ramp / 257).round().astype(np.uint8)).save(tmp_path / "plain.png")
-    deep, plain = (read_image(tmp_path / f"{n}.png", 28, 1) for n in ("deep", "plain"))
-    np.testing.assert_array_equal(deep, plain)
-    Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(tmp_path / "real.tiff")
-    with pytest.raises(ValueError, match="expected 8 or 16 bits"):
-        read_image(tmp_path / "real.tiff", 28, 1)
 
 
 def test_a_training_part_of_one_class_is_named():

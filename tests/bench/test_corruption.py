@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bench import corruption
+from vitask.data import load
 from vitask.data.corruption import (
     SEVERITIES,
     corrupted,
@@ -14,7 +15,6 @@ from vitask.data.corruption import (
     relative_errors,
     split_listed,
 )
-from vitask.data import load
 from vitask.data.medmnist import NAMES, spec
 
 needs_package = pytest.mark.skipif(missing() is not None, reason=str(missing()))

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from vitask.data import phantom
+from vitask.data.images import read_image
 from vitask.data.spec import SPLITS, Dataset, DatasetSpec, Split, ids
 
 Labelled = list[tuple[Path, int, str]]  # file, grade, split ("" where the set has none)
@@ -59,7 +59,7 @@ def load(
     digest, splits = hashlib.md5(usedforsecurity=False), {}
     for split in SPLITS:
         mine = [(path, grade) for path, grade, own in labelled if own == split]
-        images = np.stack([_square(path, size) for path, _ in mine])
+        images = np.stack([read_image(path, size, 3, square=True) for path, _ in mine])
         labels = np.array([grade for _, grade in mine], dtype=np.int64)
         files = np.array([f"{name}/{split}/{path.stem}" for path, _ in mine], dtype=np.str_)
         splits[split] = Split(images, labels, files)
@@ -189,15 +189,6 @@ def _divided(labelled: Labelled, name: str) -> Labelled:
             for place in chosen:
                 splits[place] = split
     return [(path, g, split) for (path, g, _), split in zip(labelled, splits, strict=True)]
-
-
-def _square(path: Path, size: int) -> np.ndarray:
-    """The centre square of a photograph, uint8 (size, size, 3)."""
-    with Image.open(path) as image:
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        cut = image.convert("RGB").crop((left, top, left + side, top + side))
-        return np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC))
 
 
 # Phantom: other pictures of the same marks, seen by another camera

@@ -1,0 +1,326 @@
+"""predict: a folder of images and a saved model -> one CSV row for each image, and nothing else."""
+
+import csv
+import io
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+from vitask.checkpoint import Task, VITask
+from vitask.data import load
+from vitask.data.images import read_image
+from vitask.exemplar import ExemplarConnector
+from vitask.recipes import POCKET, vanilla
+from vitask.tsm import TSM, heads
+from vitask.vlm import VLM
+
+NAMES = ("octmnist", "breastmnist", "dermamnist")
+PHANTOM = ["file", "trained_on", "answer", "generated", "error"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """with: a TSM and a connector; without: neither; one: neither, and a single dataset."""
+    root, vlm = tmp_path_factory.mktemp("models"), VLM.load("pocket")
+    vlm.add_lora(rank=2, alpha=4, dropout=0.0)
+    tasks = {name: Task.of(load(name, source="phantom")) for name in NAMES}
+    tsm = TSM("test_resnet", heads([task.spec for task in tasks.values()]), 32).eval()
+    connector = ExemplarConnector(tsm.feature_size("cls"), vlm.hidden_size).eval()
+    VITask(vlm, POCKET, tasks, tsm=tsm, connector=connector).save_pretrained(root / "with")
+    VITask(vlm, vanilla(POCKET), tasks).save_pretrained(root / "without")
+    real = replace(tasks["octmnist"].spec, source="an archive")
+    one = {"octmnist": replace(tasks["octmnist"], spec=real)}
+    VITask(vlm, vanilla(POCKET), one).save_pretrained(root / "one")
+    return root
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Five images of different modes, of which one lies deeper, and a file that is not one."""
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
+    (folder / "deep").mkdir(parents=True)
+    colour = Image.fromarray(rng.integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    colour.save(folder / "deep" / "one.PNG")
+    colour.convert("RGBA").save(folder / "alpha.png")
+    colour.quantize(16).save(folder / "palette.png", transparency=bytes(range(16)))
+    colour.convert("L").save(folder / "grey.jpg")
+    sixteen = rng.integers(0, 65536, (28, 28), dtype=np.uint16)
+    Image.fromarray(sixteen).save(folder / "sixteen.png")
+    (folder / "notes.txt").touch()
+    return folder
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Whoever imports torch or the model's class fails, with an error that is not ours."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "vitask.checkpoint", None)
+
+
+def predict(*words):
+    return CliRunner().invoke(app, ["predict", *map(str, words)])
+
+
+def table(text):
+    return pd.read_csv(io.StringIO(text), keep_default_na=False)
+
+
+def bomb(path):
+    """A PNG of a few bytes that says it is 40,000 x 40,000 pixels."""
+    chunks = b""
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0)
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        chunks += struct.pack(">I", len(content)) + kind + content + check
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+# Answers
+
+
+def test_every_image_gets_a_row(models, images, tmp_path):
+    output = tmp_path / "new" / "answers.csv"
+    done = predict(models / "with", images, "--dataset", "octmnist", "--output", output)
+    assert (done.exit_code, done.output) == (0, "")
+    frame = table(output.read_text())
+    answers = list(load("octmnist", source="phantom").spec.classes)
+    assert list(frame) == [*PHANTOM, *answers]
+    files = ["alpha.png", "deep/one.PNG", "grey.jpg", "palette.png", "sixteen.png"]
+    assert frame.file.tolist() == files
+    assert set(frame.trained_on) == {"PHANTOM data"}
+    assert set(frame.error) == {""}
+    np.testing.assert_allclose(frame[answers].sum(axis=1), 1, atol=1e-5)
+    assert frame.answer.tolist() == frame[answers].idxmax(axis=1).tolist()
+    assert [path.name for path in output.parent.iterdir()] == ["answers.csv"]
+
+
+@pytest.mark.parametrize("exemplar", [True, False])
+def test_the_rows_say_what_the_model_says(models, images, exemplar):
+    flag = "--exemplar" if exemplar else "--no-exemplar"
+    done = predict(models / "with", images, "--dataset", "octmnist", flag)
+    frame = table(done.stdout)
+    model = VITask.from_pretrained(models / "with")
+    seen = np.stack([read_image(images / file, 28, 1) for file in frame.file])
+    texts = model.tasks["octmnist"].candidates.texts
+    expected = model.predict("octmnist", seen, exemplar=exemplar)
+    np.testing.assert_allclose(frame[list(texts)], expected, atol=1e-6)
+    tokens = model.image_tokens(seen, exemplar=exemplar)
+    assert frame.generated.tolist() == model.write("octmnist", tokens)
+
+
+def test_the_exemplar_is_used_wherever_there_is_one(models, images):
+    words = (models / "with", images, "--dataset", "octmnist")
+    default = predict(*words).stdout
+    assert default == predict(*words, "--exemplar").stdout
+    assert default != predict(*words, "--no-exemplar").stdout
+    words = (models / "without", *words[1:])
+    assert predict(*words).stdout == predict(*words, "--no-exemplar").stdout
+
+
+def test_one_dataset_needs_no_name_and_real_data_no_mark(models, images):
+    done = predict(models / "one", images)
+    assert done.exit_code == 0, done.output
+    assert list(table(done.stdout))[:4] == ["file", "answer", "generated", "error"]
+
+
+def test_probabilities_have_six_digits(models, images):
+    rows = list(csv.reader(io.StringIO(predict(models / "one", images).stdout)))
+    cells = [cell for row in rows[1:] for cell in row[4:]]
+    assert cells
+    assert all(len(cell) == 8 and cell[1] == "." for cell in cells)
+
+
+def test_the_batch_size_decides_memory_and_no_answer(models, images, monkeypatch):
+    batches, judge = [], VITask.image_tokens
+
+    def counted(self, images, **options):
+        batches.append(len(images))
+        return judge(self, images, **options)
+
+    monkeypatch.setattr(VITask, "image_tokens", counted)
+    whole = table(predict(models / "one", images).stdout)
+    split = table(predict(models / "one", images, "--batch-size", 2).stdout)
+    assert batches == [5, 2, 2, 1]
+    digits = list(whole)[4:]
+    np.testing.assert_allclose(split[digits], whole[digits], atol=2e-6)
+    pd.testing.assert_frame_equal(split.drop(columns=digits), whole.drop(columns=digits))
+
+
+def test_rows_are_written_before_the_next_batch_is_judged(models, images, tmp_path, monkeypatch):
+    part, lines, judge = tmp_path / ".answers.csv.part", [], VITask.image_tokens
+
+    def counted(self, images, **options):
+        lines.append(len(part.read_text().splitlines()))
+        return judge(self, images, **options)
+
+    monkeypatch.setattr(VITask, "image_tokens", counted)
+    output = tmp_path / "answers.csv"
+    predict(models / "one", images, "--batch-size", 2, "--output", output)
+    assert lines[1:] == [3, 5]  # header and rows; the first header may still be in a buffer
+    assert len(output.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_stopped_run_leaves_the_old_file_as_it_was(models, images, tmp_path, monkeypatch, error):
+    def stopped(*_, **__):
+        raise error
+
+    monkeypatch.setattr(VITask, "image_tokens", stopped)
+    output = tmp_path / "answers.csv"
+    output.write_text("old")
+    done = predict(models / "one", images, "--output", output)
+    assert done.exit_code == 1
+    assert output.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.csv", "images"]
+
+
+# Images that cannot be read
+
+
+def test_an_unreadable_image_is_a_row_with_its_error(models, images):
+    (images / "a_zero.png").touch()
+    (images / "b_text.png").write_bytes(b"no image")
+    whole = (images / "deep" / "one.PNG").read_bytes()
+    (images / "c_cut.png").write_bytes(whole[: len(whole) // 2])
+    bomb(images / "d_bomb.png")
+    Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(images / "e_real.tiff")
+    (images / "f_gone.png").symlink_to(images / "nowhere")
+    before = table(predict(models / "with", images / "deep", "--dataset", "octmnist").stdout)
+    done = predict(models / "with", images, "--dataset", "octmnist", "--batch-size", 3)
+    assert done.exit_code == 1
+    assert "Traceback" not in done.output
+    assert done.stderr == "error: 6 image(s) could not be read; see the column error\n"
+    frame = table(done.stdout)
+    bad = frame[frame.error != ""]
+    assert [name[0] for name in bad.file] == list("abcdef")
+    assert (bad.drop(columns=["file", "error"]) == "").all(axis=None)
+    good = frame[frame.error == ""]
+    assert len(good) == 5
+    one = good[good.file == "deep/one.PNG"].iloc[0]
+    assert one.answer == before.answer[0]
+    assert set(good.trained_on) == {"PHANTOM data"}
+
+
+def test_a_folder_without_one_readable_image_is_still_answered(models, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "zero.png").touch()
+    done = predict(models / "one", tmp_path / "images", "--output", tmp_path / "answers.csv")
+    assert done.exit_code == 1
+    assert table((tmp_path / "answers.csv").read_text()).file.tolist() == ["zero.png"]
+
+
+def test_hidden_files_are_skipped_and_counted_once(models, images):
+    before = predict(models / "one", images)
+    (images / ".thumbnails").mkdir()
+    for name in ("._grey.jpg", ".thumbnails/grey.jpg", ".thumbnails/palette.jpg"):
+        shutil.copy(images / "grey.jpg", images / name)
+    done = predict(models / "one", images)
+    assert (done.exit_code, done.stdout) == (0, before.stdout)
+    assert done.stderr == "skipped: 3 hidden image file(s)\n"
+
+
+def test_any_file_name_can_be_written(models, tmp_path):
+    (tmp_path / "images").mkdir()
+    names = ['a, "b".png', "ä.png", b"\xff.png".decode(errors="surrogateescape")]
+    for name in names:
+        Image.new("L", (4, 4)).save(tmp_path / "images" / name)
+    done = predict(models / "one", tmp_path / "images")
+    assert done.exit_code == 0, done.output
+    assert table(done.stdout).file.tolist() == [*names[:2], "\\udcff.png"]
+
+
+# The command line, checked before the model is loaded
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "code", "message"),
+    [
+        (
+            "with",
+            [],
+            2,
+            "answers for octmnist, breastmnist and dermamnist: name one with --dataset",
+        ),
+        ("with", ["--dataset", "octmist"], 2, "not for 'octmist': name one with --dataset"),
+        ("one", ["--dataset", "pathmnist"], 2, "answers for octmnist, not for 'pathmnist'"),
+        ("one", ["--exemplar"], 2, "has no task-specific model: give --no-exemplar"),
+        ("one", ["--batch-size", "0"], 2, "--batch-size"),
+        ("one", ["--output", "{tmp}"], 1, "--output {tmp} cannot be written"),
+        ("one", ["--output", "/dev/null"], 1, "--output /dev/null cannot be written"),
+        ("one", ["--output", "{tmp}/notes.txt/a.csv"], 1, "notes.txt/a.csv cannot be written"),
+        ("one", ["--output", "{tmp}/" + 300 * "a"], 1, "File name too long"),
+    ],
+)
+def test_options_are_checked_first(models, images, tmp_path, no_model, model, words, code, message):
+    (tmp_path / "notes.txt").touch()
+    done = predict(models / model, images, *(word.format(tmp=tmp_path) for word in words))
+    assert done.exit_code == code
+    assert message.format(tmp=tmp_path) in done.output
+    assert "Traceback" not in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "notes.txt"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"\xff", b'{"tasks": {"a": 1}}'])
+def test_a_checkpoint_is_read_first(models, images, tmp_path, no_model, content):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    if content is not None:
+        (broken / "vitask.json").write_bytes(content)
+    done = predict(broken, images)
+    assert done.exit_code == 1
+    assert done.output.startswith("error: ")
+    assert f"{broken}" in done.output
+
+
+def test_an_exemplar_that_is_lost_is_not_left_out_quietly(models, images, tmp_path, no_model):
+    shutil.copytree(models / "with", tmp_path / "lost")
+    (tmp_path / "lost" / "tsm.json").unlink()
+    done = predict(tmp_path / "lost", images, "--dataset", "octmnist")
+    assert done.exit_code == 2
+    assert "--no-exemplar" in done.output
+
+
+def test_another_format_is_refused(models, images, tmp_path):
+    shutil.copytree(models / "one", tmp_path / "later")
+    card = json.loads((models / "one" / "vitask.json").read_text())
+    (tmp_path / "later" / "vitask.json").write_text(json.dumps(card | {"format": 2}))
+    done = predict(tmp_path / "later", images, "--output", tmp_path / "answers.csv")
+    assert done.exit_code == 1
+    assert "has format 2" in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "later"]
+
+
+@pytest.mark.parametrize("names", [(), ("notes.txt",), (".hidden.png",)], ids=str)
+def test_a_folder_without_images_is_named_first(models, tmp_path, no_model, names):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    done = predict(models / "one", folder)
+    assert done.exit_code == 1
+    assert f"error: no image in {folder}; expected files ending in .png" in done.output
+    done = predict(models / "one", folder / "nowhere")
+    assert done.exit_code == 1
+    assert f"no folder {folder / 'nowhere'}" in done.output
+
+
+def test_correct_arguments_do_load_the_model(models, images, no_model):
+    """So the tests above would notice a check that comes after it."""
+    assert isinstance(predict(models / "one", images).exception, ImportError)
+
+
+def test_the_checks_themselves_need_no_torch():
+    code = "import sys, bench.commands.predict; assert not {'torch', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
