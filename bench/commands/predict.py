@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 import typer
 
-from bench.cli import UnknownName
+from bench.commands.cli import UnknownName
 from vitask.data.images import ENDINGS, read_image
 from vitask.data.spec import DatasetSpec
 from vitask.recipes import Recipe

@@ -74,7 +74,7 @@ def run_job(
                     if wanted:
                         _run_seed(job, seed, wanted, folder, place, share, command, cache)
     shown = sets.read_manifest(folder).get(name)
-    if shown is None or shown.key != job.key or not {*names} <= {*shown.records}:
+    if count or shown is None or shown.key != job.key or not {*names} <= {*shown.records}:
         sets.promote(folder, name, entry)
     return sets.read_records(folder, name), count
 

@@ -8,6 +8,7 @@ titles, texts and error messages therefore change no key.
 import ast
 import hashlib
 import json
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,7 @@ def code(modules: Iterable[str], leave: Collection[str] = (), root: Path = ROOT)
     todo = [_file(root, module) for module in modules]
     while todo:
         path = todo.pop()
-        name = path.relative_to(root).as_posix()
+        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
         if name in found or name.startswith(tuple(leave)):
             continue
         digest, imported, _ = _read(root, path, path.stat().st_mtime_ns)
@@ -48,6 +49,8 @@ def fields_read(paths: Iterable[str], known: Collection[str], root: Path = ROOT)
     for name in paths:
         if name != RECIPES:
             path = root / name
+            if not path.is_file():
+                path = Path(str(sys.modules[path.stem].__file__))
             read |= _read(root, path, path.stat().st_mtime_ns)[2] & set(known)
     return frozenset(read)
 
@@ -111,6 +114,8 @@ def _exists(root: Path, module: str) -> bool:
 
 
 def _file(root: Path, module: str) -> Path:
+    if module.split(".")[0] not in PACKAGES:  # a suite of a user's
+        return Path(str(sys.modules[module].__file__))
     path = root.joinpath(*module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 

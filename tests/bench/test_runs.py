@@ -185,7 +185,7 @@ def test_other_ingredients_supersede_and_come_back(finished, monkeypatch, capsys
         for name in (r.name for r in records)
         for seed in (0, 1)
     )
-    assert set(pd.read_csv(plan.folder / "cheap.csv").seeds) == {"0"}
+    assert set(pd.read_csv(plan.folder / "cheap.csv").seeds) == {0}
     assert {r.recipe["weight_decay"] for r in records_of(plan)} == {0.5}
     assert problems(plan) == []
     assert differences(older, sets.read_records(older, "cheap"), plan.datasets()) == []
@@ -209,10 +209,10 @@ def test_a_move_that_is_killed_goes_on(finished, monkeypatch, moves):
             left[0] -= ".part" not in str(source)
         real(source, target)
 
-    monkeypatch.setattr("bench.runs.sets.os.replace", dying)
-    with pytest.raises(KeyboardInterrupt):
-        run_plan(other, ["cheap"])
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr("bench.runs.sets.os.replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(other, ["cheap"])
     with sets.locked(plan.folder):
         pass
     assert {r.recipe["weight_decay"] for r in records_of(plan)} == {0.5}
@@ -233,14 +233,13 @@ def test_an_unfinished_set_is_not_shown(finished, monkeypatch):
         yield next(whole(work, wanted))
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(of, "run", broken)
     other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5))
-    assert "out of memory" in run_plan(other, ["cheap"]).failed["cheap"]
+    with monkeypatch.context() as patched:
+        patched.setattr(of, "run", broken)
+        assert "out of memory" in run_plan(other, ["cheap"]).failed["cheap"]
     shown = {name: content for name, content in contents(plan.folder).items()
              if not name.startswith("unfinished/")}  # fmt: skip
     assert shown == files
-    monkeypatch.undo()
-    monkeypatch.setattr("sys.argv", ["bench"])
     assert run_plan(other, ["cheap"]).computed == {"cheap": 2}
 
 
@@ -289,7 +288,7 @@ def test_collect_merges_seeds_from_other_folders(finished, tmp_path):
     path = elsewhere.folder / "samples" / "cheap-noisy-seed1.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     fresh = tmp_path / "fresh" / plan.folder.name
-    with sets.locked(fresh), pytest.raises(ValueError, match="cheap-noisy-seed1.*SHA-256"):
+    with sets.locked(fresh), pytest.raises(ValueError, match=r"cheap-noisy-seed1.*SHA-256"):
         sets.collect(elsewhere.folder, fresh, print)
     assert list(fresh.iterdir()) == []
 
@@ -564,7 +563,7 @@ def test_two_runs_compare_on_the_images_that_they_share(finished, tmp_path):
 
 
 def test_runs_whose_test_labels_differ_are_not_compared(finished, tmp_path):
-    plan, records = finished
+    plan, _ = finished
     other = replace(plan, out=tmp_path / "other")
     complete(other)
     path = other.folder / "samples" / "cheap-noisy-seed0.parquet"
