@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bench import doctor, runs
 from bench.__main__ import app
+from bench.commands import doctor
 from bench.suite import SUITES, suite
 from vitask.recipes import RECIPES
 
@@ -46,8 +46,25 @@ def test_answers_at_once_without_torch(words):
 
 def test_list_names_everything():
     text = bench("list").output
-    for name in [*SUITES, *RECIPES, *suite("main").METHODS, "organsmnist", "chestmnist"]:
+    for name in [*SUITES, *RECIPES, "organsmnist", "chestmnist"]:
         assert name in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_list_shows_the_methods_of_a_suite(name):
+    text = bench("list", name).output
+    for method in suite(name).methods:
+        assert method.name in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_version_and_help_say_what_there_is():
+    assert bench("--version").output.startswith("vitask 0.")
+    text = " ".join(bench("run", "--help").output.split())
+    assert all(name in text for name in SUITES)
+    assert "…" not in text
+    assert bench().exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -63,6 +80,10 @@ def test_list_names_everything():
         (["run", "main", "--all"], "--all"),
         (["run", "main", "--resume", "--fresh"], "one of them"),
         (["run", "main", "--limit", "0"], "limit"),
+        (["run", "main", "--set", "lora_rnk=4"], "did you mean lora_rank"),
+        (["run", "main", "--set", "lora_rank=four"], "lora_rank"),
+        (["recipe", "pockets"], "did you mean pocket?"),
+        (["list", "mian"], "did you mean main?"),
         (["data", "check", "--data", "medmist"], "did you mean medmnist?"),
         (["data", "download", ".", "--datasets", "brestmnist"], "did you mean breastmnist"),
         (["forget"], "forget"),
@@ -92,6 +113,8 @@ def test_misuse_exits_2_and_names_the_nearest(words, message):
         ["verify", "nowhere"],
         ["predict", "nowhere", "nowhere"],
         ["data", "check", "--data-root", "nowhere"],
+        ["collect", "target", "nowhere"],
+        ["run", "main", "--recipe", "nowhere.toml"],
         ["list", "--data-root", "nowhere"],
         ["run", "ablation", "--data", "medmnist", "--data-root", "nowhere"],
     ],
@@ -123,45 +146,161 @@ def test_run_report_verify(plan):
     assert (done.exit_code, done.output) == (0, f"{folder}: 3 record(s) of cheap: ok\n")
 
 
+def test_run_ends_with_its_table_and_its_page(plan):
+    words = ["run", "cheap", "--recipe", "tiny", "--limit", 12, "--out", plan.out]
+    done = bench(*words)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == str(plan.out / "tiny-phantom-limit12" / "cheap.md")
+    assert [line.split()[0] for line in lines[-4:-1]] == ["majority", "vanilla", "noisy"]
+    assert "average, PHANTOM data" in lines[-5]
+    assert max(map(len, lines[-5:-1])) <= 80
+    again = bench(*words)
+    assert again.stdout.splitlines()[-1] == "nothing to compute: all results were there"
+    assert bench(*words, "--resume").stdout == again.stdout
+
+
+def test_settings_enter_the_folders_name_the_record_and_the_key(plan):
+    words = ["run", "cheap", "--recipe", "tiny", "--limit", 12, "--out", plan.out]
+    assert bench(*words, "--set", "lora_rank=4").exit_code == 0
+    (record,) = plan.out.glob("tiny+lora_rank=4-phantom-limit12/records/cheap-noisy-*")
+    content = json.loads(record.read_text())
+    assert content["recipe"]["lora_rank"] == 4
+    assert content["plan"]["settings"] == {"lora_rank": 4}
+    assert bench("verify", record.parents[1]).exit_code == 0
+    many = [f"--set={name}=0.5" for name in ("rda_weight", "crt_weight", "weight_decay")]
+    assert bench(*words, *many).exit_code == 0
+    names = {path.name for path in plan.out.iterdir()} - {"tiny+lora_rank=4-phantom-limit12"}
+    assert [len(name) for name in names] == [len("tiny+01234567-phantom-limit12")]
+
+
+def test_a_recipe_file_runs_under_its_name(plan, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "tiny"\nweight_decay = 0.5\n')
+    words = ["run", "cheap", "--recipe", file, "--limit", 12, "--out", plan.out]
+    done = bench(*words)
+    assert done.exit_code == 0, done.output
+    (record,) = plan.out.glob("mine-phantom-limit12/records/cheap-noisy-*")
+    assert json.loads(record.read_text())["recipe"]["weight_decay"] == 0.5
+    file.write_text('base = "tiny"\nweigth_decay = 0.5\n')
+    done = bench(*words)
+    assert done.exit_code == 1
+    assert "mine.toml" in done.output
+    assert "weight_decay" in done.output
+
+
+def test_a_printed_recipe_can_be_run(plan, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(bench("recipe", "tiny").output)
+    words = ["run", "cheap", "--recipe", file, "--limit", 12, "--out", plan.out]
+    assert bench(*words).exit_code == 0
+    assert bench("run", "cheap", "--recipe", "tiny", "--limit", 12, "--out", plan.out).exit_code == 0
+    keys = {
+        json.loads(path.read_text())["cheap"]["key"] for path in plan.out.glob("*/run.json")
+    }
+    assert len(keys) == 1  # the name decides nothing
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])
+def test_an_out_that_cannot_be_written_is_refused_before_anything_runs(plan, tmp_path, kind, monkeypatch):
+    out = tmp_path / "out"
+    if kind == "a file":
+        out.touch()
+    elif kind == "below a file":
+        out.touch()
+        out = out / "deeper"
+    else:
+        monkeypatch.setattr("bench.api.os.access", lambda *_: False)  # root may write anywhere
+    ran = []
+    monkeypatch.setattr("bench.api.run_job", lambda *_, **__: ran.append(1))
+    done = bench("run", "cheap", "--recipe", "tiny", "--out", out)
+    assert done.exit_code == 1
+    assert done.output.startswith(f"error: --out {out}")
+    assert len(done.output.splitlines()) == 1
+    assert not ran
+
+
+def test_collect_puts_runs_together(plan, tmp_path):
+    words = ["run", "cheap", "--recipe", "tiny", "--limit", 12]
+    for seed in (0, 1):
+        assert bench(*words, "--seeds", seed, "--out", tmp_path / str(seed)).exit_code == 0
+    folders = [tmp_path / str(seed) / "tiny-phantom-limit12" for seed in (0, 1)]
+    done = bench("collect", tmp_path / "all", *folders)
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "all" / "tiny-phantom-limit12" / "cheap.csv").read_text()
+    assert ",0;1," in text
+    assert bench("verify", "--out", tmp_path / "all").exit_code == 0
+    done = bench("collect", tmp_path / "all", tmp_path / "nowhere")
+    assert done.exit_code == 1
+    assert "nowhere" in done.output
+
+
+def test_compare_takes_methods_or_runs(plan, tmp_path):
+    words = ["run", "cheap", "--recipe", "tiny", "--limit", 12]
+    for name in ("a", "b"):
+        assert bench(*words, "--out", tmp_path / name).exit_code == 0
+    a, b = (tmp_path / name / "tiny-phantom-limit12" for name in ("a", "b"))
+    csv = tmp_path / "rows.csv"
+    done = bench("compare", "noisy", "vanilla", "--suite", "cheap", "--run", a, "--csv", csv)
+    assert done.exit_code == 0, done.output
+    assert "macro_f1" in done.output
+    assert csv.read_text().startswith("dataset,metric,noisy,vanilla,difference,low,high,p\n")
+    done = bench("compare", a, b, "--suite", "cheap", "--method", "noisy", "--metric", "auc")
+    assert done.exit_code == 0, done.output
+    assert "12 shared test images" in done.output
+    assert "macro_f1" not in done.output
+    done = bench("compare", a, "vanilla", "--suite", "cheap")
+    assert done.exit_code == 1
+    assert "vanilla is not a run" in done.output
+    assert bench("compare", "noisy", "vanilla", "--suite", "main", "--run", a).exit_code == 1
+
+
+def other_suite(monkeypatch, name, **changed):
+    """A suite like `cheap`, under another name and changed."""
+    of = type("Other", (type(suite("cheap")),), {"name": name, **changed})
+    module = type(sys)(f"{name}_suite")
+    module.SUITE, module.__file__ = of(), __file__
+    of.__module__ = module.__name__
+    monkeypatch.setitem(SUITES, name, module.__name__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module.SUITE
+
+
+def without_labels(self, plan, datasets):
+    raise ValueError("labels.csv is missing")
+
+
 def test_a_failing_suite_does_not_take_the_others_down(plan, monkeypatch):
-    broken = suite("cheap").__dict__ | {"run": None}
-    monkeypatch.setitem(SUITES, "broken", "broken_suite")
-    module = type(sys)("broken_suite")
-    module.__dict__.update(broken)
-    monkeypatch.setitem(sys.modules, "broken_suite", module)
-    monkeypatch.delitem(SUITES, "main")
+    other_suite(monkeypatch, "broken", run=None)
     words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
     done = bench("run", "broken", "cheap", *words)
     assert done.exit_code == 1
     assert "failed: broken: TypeError" in done.output
     assert "Traceback" in done.output  # a fault of ours, not of the user
-    assert "100%" in done.output  # what failed is not waited for
     (csv,) = plan.out.glob("*/cheap.csv")
     written = {path: path.stat().st_mtime_ns for path in csv.parent.glob("records/cheap-*")}
     assert bench("run", "broken", "cheap", *words).exit_code == 1
-    assert written == {path: path.stat().st_mtime_ns for path in written}  # it continues
-    manifest = json.loads((csv.parent / "run.json").read_text())
-    assert {name: entry["finished"] for name, entry in manifest.items()} == {
-        "broken": False,
-        "cheap": True,
-    }
-    csv.unlink()
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+    assert list(json.loads((csv.parent / "run.json").read_text())) == ["cheap"]
+
+
+def test_a_suite_that_lacks_records_does_not_hide_the_others(plan, monkeypatch):
+    other_suite(monkeypatch, "torn")
+    words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
+    assert bench("run", "torn", "cheap", *words).exit_code == 0
+    (folder,) = plan.out.iterdir()
+    for path in folder.glob("records/torn-*"):
+        path.unlink()
+    (folder / "cheap.csv").unlink()
     for command in ("report", "verify"):
-        done = bench(command, csv.parent)
+        done = bench(command, folder)
         assert done.exit_code == 1
-        assert "lacks 3 of 3 records of suite 'broken'" in done.output
-        assert csv.is_file()  # what the others have is written again, and checked
+        assert "lacks 3 of 3 records of suite 'torn'" in done.output
+        assert (folder / "cheap.csv").is_file()  # the others' files are written again, and checked
     assert "3 record(s) of cheap: ok" in done.output
 
 
 def test_a_suite_without_its_data_does_not_take_the_others_down(plan, monkeypatch):
-    def evaluated(plan, datasets):
-        raise ValueError("labels.csv is missing")
-
-    module = type(sys)("broken_suite")
-    module.__dict__.update(suite("cheap").__dict__ | {"evaluated": evaluated})
-    monkeypatch.setitem(SUITES, "broken", "broken_suite")
-    monkeypatch.setitem(sys.modules, "broken_suite", module)
+    other_suite(monkeypatch, "broken", evaluated=without_labels)
     words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
     done = bench("run", "broken", "cheap", *words)
     assert done.exit_code == 1
@@ -170,45 +309,22 @@ def test_a_suite_without_its_data_does_not_take_the_others_down(plan, monkeypatc
 
 
 def test_verify_goes_on_after_a_suite_whose_data_are_gone(plan, monkeypatch):
-    def evaluated(plan, datasets):
-        raise ValueError("labels.csv is missing")
-
-    module = type(sys)("away_suite")
-    module.__dict__.update(suite("cheap").__dict__)
-    monkeypatch.setitem(SUITES, "away", "away_suite")
-    monkeypatch.setitem(sys.modules, "away_suite", module)
+    of = other_suite(monkeypatch, "away")
     words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
     assert bench("run", "away", "cheap", *words).exit_code == 0
     (folder,) = plan.out.iterdir()
     assert bench("verify", folder).exit_code == 0
-    monkeypatch.setattr(module, "evaluated", evaluated, raising=False)
+    monkeypatch.setattr(type(of), "evaluated", without_labels)
     done = bench("verify", folder)
     assert done.exit_code == 1
     assert f"{folder}: away was not verified: ValueError: labels.csv is missing" in done.output
     assert f"{folder}: 3 record(s) of cheap: ok" in done.output
 
 
-@pytest.mark.parametrize(
-    ("file", "read", "advice"),
-    [
-        ("run.json", runs.read_manifest, "put it back, or remove the folder"),
-        (runs.UNFINISHED, runs.unfinished, "remove it: suites that had finished"),
-    ],
-)
-@pytest.mark.parametrize("content", [b'{"cheap": ', b"\xff\xfe{", b"[]", b'{"cheap": 3}'])
-def test_a_damaged_note_of_a_run_is_named(tmp_path, file, read, advice, content):
-    (tmp_path / file).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{file} is (no JSON|not what a run writes).*; {advice}"):
-        read(tmp_path)
-
-
 def test_what_lacks_something_is_left_out_of_all_and_fails_by_name(plan, monkeypatch):
-    module = type(sys)("lacking_suite")
-    module.__dict__.update(suite("cheap").__dict__ | {"unavailable": lambda plan: "no package"})
     for name in set(SUITES) - {"cheap"}:
         monkeypatch.delitem(SUITES, name)
-    monkeypatch.setitem(SUITES, "lacking", "lacking_suite")
-    monkeypatch.setitem(sys.modules, "lacking_suite", module)
+    other_suite(monkeypatch, "lacking", lacking=lambda self, plan: "no package")
     words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
     done = bench("run", "--all", *words)
     assert done.exit_code == 0, done.output

@@ -10,14 +10,16 @@ import pandas as pd
 import pytest
 import timm
 
-from bench import runs, table
 from bench.commands.verify import differences
+from bench.report.render import write
 from bench.report.table import COLUMNS
-from bench.runs.plan import Job, Plan, plan_of, sized, specs_of
-from bench.runs.progress import Scaled
+from bench.runs import sets
+from bench.runs.job import run_job
+from bench.runs.plan import Job, Plan, job_of, sized
 from bench.runs.records import record_name
-from bench.suite import MACHINE_SUITES, SUITES, lacking, machine_suite, reference_of, suite
-from vitask.recipes import POCKET, RECIPES, Study
+from bench.suite import MACHINE_SUITES, SUITES, machine_suite, suite
+from bench.suites.corruptions import missing
+from vitask.recipes import POCKET, RECIPES, Source, Study
 from vitask.tsm import TSM, Head
 
 ROOT = Path(__file__).parents[2]
@@ -26,16 +28,26 @@ every = pytest.mark.parametrize("name", SUITES)
 
 @every
 def test_face_is_complete(name):
-    module = suite(name)
-    assert module.__doc__
-    assert all(text for text in module.METHODS.values())
-    for method in module.METHODS:
-        assert not set(record_name(name, method, 0)) & set("/\\ :*?")
-        assert reference_of(module, method) in {None, *module.METHODS} - {method}
-    if module.PUBLISHED is not None:
-        assert (ROOT / "leaderboards" / "published" / module.PUBLISHED).is_file()
-        assert module.PUBLISHED_NOTE
-    assert module.units(POCKET) > 0
+    of = suite(name)
+    assert of.name == name
+    assert of.about
+    assert of.question.endswith("?")
+    names = [method.name for method in of.methods]
+    assert len(set(names)) == len(names)
+    for method in of.methods:
+        assert method.text
+        assert not set(record_name(name, method.name, 0)) & set("/\\ :*?")
+        assert method.against in {None, *names} - {method.name}
+    if of.published is not None:
+        assert (ROOT / "leaderboards" / "published" / of.published.file).is_file()
+        assert of.published.note
+    assert {training.kind for training in of.models(POCKET).values()} <= {"tsm", "vlm"}
+
+
+def test_suites_are_the_files_of_their_folder():
+    files = {p.stem for p in (ROOT / "bench" / "suites").glob("*.py")} - {"__init__"}
+    assert set(SUITES) == files
+    assert next(iter(SUITES)) == "main"
 
 
 @pytest.mark.parametrize("name", [*SUITES, *MACHINE_SUITES])
@@ -48,16 +60,17 @@ def test_docs_say_what_it_asks_and_how_to_read_it(name):
 def test_machine_suites_are_modules_of_their_name():
     assert not set(MACHINE_SUITES) & set(SUITES)
     for name in MACHINE_SUITES:
-        assert machine_suite(name).COLUMNS
+        assert machine_suite(name).columns
+        assert machine_suite(name).about
 
 
 class Silent:
-    """Adds up what it is told."""
+    """Adds up the units that are reported."""
 
     def __init__(self) -> None:
         self.units = 0.0
 
-    def advance(self, units: float, text: str) -> None:
+    def advance(self, units: float, text: str, *, finished: bool = False) -> None:
         assert text
         self.units += units
 
@@ -72,14 +85,9 @@ def tiny(tmp_path_factory) -> Plan:
     """Two phantoms, one of them RetinaMNIST's; one folder for all suites, as with --all."""
     datasets = ("retinamnist", "breastmnist")
     small = {"stage1_epochs": 1, "stage2_epochs": 1, "tsm_epochs": 1}
-    recipe = replace(
-        POCKET,
-        name="tiny",
-        phantom_datasets=datasets,
-        phantom_samples=(16, 8, 8),
-        phantom_study=Study(datasets=datasets, train_limit=12, **small),
-        **small,
-    )
+    study = Study(datasets=datasets, train_limit=12, **small)
+    sources = {"phantom": Source(datasets, (0,), study, (16, 8, 8))}
+    recipe = replace(POCKET, name="tiny", sources=POCKET.sources | sources, **small)
     RECIPES["tiny"] = recipe
     yield Plan(
         recipe=recipe, source="phantom", names=datasets, out=tmp_path_factory.mktemp("suites")
@@ -87,29 +95,41 @@ def tiny(tmp_path_factory) -> Plan:
     del RECIPES["tiny"]
 
 
+def run(job: Job, progress: Silent):
+    with sets.locked(job.plan.folder):
+        return run_job(job, job.plan.folder, progress, command="python -m bench")
+
+
+def job_of_suite(name: str, plan: Plan) -> Job:
+    """In the folder of the plan, as several suites of one command are."""
+    own = sized(plan, suite(name))
+    return Job.of(suite(name), own)
+
+
 @every
 def test_a_suite_runs_to_its_tables_and_verifies(name, tiny):
-    if lacks := lacking(suite(name), tiny):
+    if lacks := suite(name).lacking(tiny):
         pytest.skip(lacks)
-    job, told = Job.of(name, sized(tiny, suite(name))), Silent()
-    with runs.locked(tiny.folder):
-        records = runs.run_suite(job, tiny.folder, Scaled(told, 1.0), command="python -m bench")
-        table.write(tiny.folder, records, specs_of(records[0]))
-    for record in records:  # it says what its model was made by, beside the suite's own recipe
+    job, told = job_of_suite(name, tiny), Silent()
+    with sets.locked(tiny.folder):
+        records, computed = run_job(job, tiny.folder, told, command="python -m bench")
+        write(tiny.folder, records)
+    assert computed == len(records) == len(job.suite.methods)
+    for record in records:  # it says how its model's recipe differs from the suite's
         kind, _, form = record.method.partition("@")
         assert name == "main" or "changed" in record.extras
         if kind == "vitask_plug":
-            assert set(record.extras["tuning of what is plugged in"]) == set(record.data)
+            assert set(record.extras["training of the plugged TSM"]) == set(record.data)
         if kind == "vanilla":
             assert record.recipe["exemplar"] is True
             assert record.extras["changed"]["exemplar"] is False
         if form not in ("", "complete"):
             assert record.extras["changed"]["instruction"] == form.removesuffix("_trained")
-    assert told.units == pytest.approx(job.module.units(job.plan.recipe), rel=1e-6)
-    assert [record.method for record in records] == list(job.module.METHODS)
+    assert told.units == pytest.approx(job.units, rel=1e-6)
+    assert [record.method for record in records] == [method.name for method in job.suite.methods]
     frame = pd.read_csv(tiny.folder / f"{name}.csv")
     assert tuple(frame.columns) == COLUMNS
-    assert set(frame.method) == set(job.module.METHODS)
+    assert set(frame.method) == {method.name for method in job.suite.methods}
     assert set(frame.source) == {"phantom"}
     if name == "corruptions":
         values = frame.pivot(index=["dataset", "method"], columns="metric", values="mean")
@@ -120,7 +140,7 @@ def test_a_suite_runs_to_its_tables_and_verifies(name, tiny):
             if made != "average":
                 assert row["mean"] == pytest.approx(whole, abs=2e-6)
             assert row["ci_low"] <= row["mean"] <= row["ci_high"]
-            assert (method == "vanilla") == bool(np.isnan(row["p_holm"]))
+            assert (method == "vanilla") == bool(np.isnan(row["p"]))
     page = (tiny.folder / f"{name}.md").read_text()
     if name in ("calibration", "corruptions"):
         assert re.search(r"\| tsm \| \d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", page)  # in the section
@@ -129,47 +149,51 @@ def test_a_suite_runs_to_its_tables_and_verifies(name, tiny):
     assert ("constrained scoring over" in page) == (frame["metric"] == "macro_f1").any()
     for figure in tiny.folder.glob("*.svg"):
         assert figure.read_text().startswith("<svg")
-    again = Job.of(name, plan_of(records[0], roots=(), allow_unverified=(), folder=tiny.folder))
-    assert again.identity() == job.identity()
+    again = job_of(records[0], {}, roots=(), allow_unverified=(), folder=tiny.folder)
+    assert again.ingredients == job.ingredients
     assert differences(tiny.folder, records, again.evaluated) == []
 
 
 def test_baselines_rivals_are_the_models_of_the_ablation(tiny):
-    known = runs.read_manifest(tiny.folder) if (tiny.folder / "run.json").is_file() else {}
+    known = sets.read_manifest(tiny.folder)
     if not {"ablation", "baselines"} <= set(known):
         pytest.skip("runs after the suites")
-    found = {name: runs.read_records(tiny.folder, name) for name in ("ablation", "baselines")}
+    found = {name: sets.read_records(tiny.folder, name) for name in ("ablation", "baselines")}
     for method in ("vanilla", "crt", "vanilla_with_ep"):
         one, other = (next(r for r in rs if r.method == method) for rs in found.values())
         assert (one.metrics, one.extras) == (other.metrics, other.extras)
-    folders = [p.stem for p in (tiny.folder / "checkpoints").glob("*.json")]
-    assert len([stem for stem in folders if stem in ("study-crt-seed0", "study-ep-seed0")]) == 2
+    folders = [p.name for p in (tiny.folder / "checkpoints").iterdir()]
+    assert sorted(n for n in folders if n.startswith(("crt-", "ep-"))) == ["crt-seed0", "ep-seed0"]
 
 
 def test_suites_share_models_that_are_the_same(tiny):
     """`ablation` and `cost` come after others that need the same; nothing was trained twice."""
-    notes = sorted((tiny.folder / "checkpoints").glob("study-v*.json"))
+    notes = sorted((tiny.folder / "checkpoints").glob("*/training.json"))
     if not notes:
         pytest.skip("runs after the suites")
     before = {note: note.stat().st_mtime_ns for note in notes}
-    with runs.locked(tiny.folder):
-        job = Job.of("cost", sized(tiny, suite("cost")))
-        runs.run_suite(job, tiny.folder, Silent(), command="python -m bench")
+    with sets.locked(tiny.folder):
+        job = job_of_suite("cost", tiny)
+        names = [method.name for method in job.suite.methods]
+        paths = sets.what_fresh_deletes(tiny.folder, ["cost"])
+        sets.delete(tiny.folder, ["cost"], [path for path in paths if path.is_file()])
+        computed = run_job(job, tiny.folder, Silent(), command="python -m bench")[1]
+    assert computed == len(names)
     assert {note: note.stat().st_mtime_ns for note in notes} == before
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("main", POCKET.phantom_datasets),
-        ("ablation", POCKET.phantom_study.datasets),
+        ("main", POCKET.datasets("phantom")),
+        ("ablation", POCKET.sources["phantom"].study.datasets),
         ("exemplars", ("dermamnist",)),
-        ("instructions", POCKET.phantom_datasets),
+        ("instructions", POCKET.datasets("phantom")),
         ("external", ("retinamnist",)),
     ],
 )
 def test_suites_train_on_their_own_datasets_unless_some_are_chosen(name, expected):
-    plan = Plan(recipe=POCKET, source="phantom", names=POCKET.phantom_datasets)
+    plan = Plan(recipe=POCKET, source="phantom", names=POCKET.datasets("phantom"))
     assert sized(plan, suite(name)).names == expected
     chosen = replace(plan, names=("bloodmnist",))
     kept = ("retinamnist",) if name == "external" else ("bloodmnist",)
@@ -179,43 +203,52 @@ def test_suites_train_on_their_own_datasets_unless_some_are_chosen(name, expecte
 
 @pytest.mark.parametrize(("name", "expected"), [("main", (0, 1, 2)), ("ablation", (4, 5))])
 def test_suites_run_the_recipes_seeds_unless_some_are_chosen(name, expected):
-    recipe = replace(POCKET, medmnist_study=replace(POCKET.medmnist_study, seeds=(4, 5)))
-    plan = Plan(recipe=recipe, source="medmnist", names=POCKET.medmnist_datasets)
+    real = POCKET.sources["medmnist"]
+    real = replace(real, study=replace(real.study, seeds=(4, 5)))
+    recipe = replace(POCKET, sources=POCKET.sources | {"medmnist": real})
+    plan = Plan(recipe=recipe, source="medmnist", names=recipe.datasets("medmnist"))
     assert sized(plan, suite(name)).seeds == expected
     assert sized(replace(plan, seeds=(0, 1, 2)), suite(name)).seeds == (0, 1, 2)
     assert sized(replace(plan, source="phantom"), suite(name)).seeds == (0,)
 
 
-def test_tuned_on_a_part_it_answers_among_the_whole_sets_answers(tiny):
-    """Of few images of ChestMNIST not all label sets are known that the whole part has."""
-    chest = replace(
-        tiny,
-        names=("chestmnist",),
-        recipe=replace(tiny.recipe, phantom_samples=(200, 8, 8)),
-        limit=150,
-    )
+def test_settings_by_hand_hold_in_studies():
+    plan = Plan(recipe=POCKET, source="medmnist", names=POCKET.datasets("medmnist"))
+    by_hand = replace(plan, recipe=replace(POCKET, lora_rank=4, stage1_epochs=9),
+                      settings={"lora_rank": 4, "stage1_epochs": 9})  # fmt: skip
+    found = sized(by_hand, suite("ablation")).recipe
+    assert (found.lora_rank, found.stage1_epochs) == (4, 9)
+    assert found.train_limit == POCKET.sources["medmnist"].study.train_limit
+
+
+def test_tuned_on_a_fraction_it_answers_among_the_whole_datasets_candidates(tiny):
+    """Few images of ChestMNIST do not show all label sets that the whole split has."""
+    phantom = replace(tiny.recipe.sources["phantom"], samples=(200, 8, 8))
+    recipe = replace(tiny.recipe, sources=tiny.recipe.sources | {"phantom": phantom})
+    chest = replace(tiny, names=("chestmnist",), recipe=recipe, limit=150)
     own = sized(chest, suite("data_fraction"))
-    own = replace(own, recipe=replace(own.recipe, train_limit=150))
-    job = Job.of("data_fraction", own)
-    with runs.locked(own.folder):
-        records = runs.run_suite(job, own.folder, Silent(), command="python -m bench")
-    assert len(records) == len(job.module.METHODS)
+    job = Job.of(suite("data_fraction"), replace(own, recipe=replace(own.recipe, train_limit=150)))
+    records, _ = run(job, Silent())
+    assert len(records) == len(job.suite.methods)
 
 
 def test_limit_holds_for_external_sets(tiny):
-    job = Job.of("external", sized(replace(tiny, limit=5), suite("external")))
-    parts = [len(split) for d in job.evaluated.values() for split in d.splits.values()]
-    assert max(parts) <= 5
+    job = job_of_suite("external", replace(tiny, limit=5))
+    sizes = [len(split) for d in job.evaluated.values() for split in d.splits.values()]
+    assert max(sizes) <= 5
 
 
 def test_exemplars_have_several_patch_tokens():
-    own = suite("exemplars").seen(POCKET)
+    own = suite("exemplars").models(POCKET)["tsm"].recipe
     model = TSM(own.tsm, {"toy": Head(0, 2)}, own.tsm_image_size)
     assert model.features(np.zeros((1, 28, 28), np.uint8), "all").shape[1] == 16
 
 
 def test_architectures_are_small_for_small_images_and_as_usual_for_large_ones():
-    recipes = suite("architectures").recipes
+    def recipes(recipe):
+        models = suite("architectures").models(recipe).items()
+        return {name: model.recipe for name, model in models if model.kind == "vlm"}
+
     small = {name: own.tsm for name, own in recipes(POCKET).items()}
     assert small == {
         "cnn": "test_resnet", "vit_cls": "test_vit", "vit_pooled": "test_vit2",
@@ -240,15 +273,15 @@ def test_a_set_without_corruptions_is_named():
 
 @pytest.mark.parametrize(("size", "why"), [(28, "28"), (224, "has no AlexNet")])
 def test_medmnist_cs_own_errors_are_named_where_they_are_missing(size, why):
-    def missing(metrics):
+    def found(metrics):
         record = SimpleNamespace(
             trained_on={"own": {"size": size}},
             extras={"severities": {"own+blur": [0.5]}, "unavailable": {"own": {"ink": "no ink"}}},
             metrics={"own+blur": {"lost": 0.1} | metrics},
         )
-        return suite("corruptions").missing(record)
+        return missing(record)
 
-    assert missing({"be": 1.0, "rbe": 1.0}) == [("own", "ink", "no ink")]
-    (ink, (base, what, text)) = missing({})
+    assert found({"be": 1.0, "rbe": 1.0}) == [("own", "ink", "no ink")]
+    (ink, (base, what, text)) = found({})
     assert (ink[1], base, what) == ("ink", "own", "`be`, `rbe`")
     assert why in text

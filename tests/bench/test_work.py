@@ -15,8 +15,8 @@ import torch
 from bench.runs.models import kept
 from bench.runs.plan import Plan, sized
 from bench.runs.work import Work
-from bench.suite import Context, suite
-from vitask.recipes import POCKET, Study
+from bench.suite import suite
+from vitask.recipes import POCKET, Source, Study
 
 ROOT = Path(__file__).parents[2]
 SUITES = ("ablation", "calibration")  # need the same three models
@@ -25,15 +25,12 @@ MODELS = 7
 TINY = """
 import runpy
 from dataclasses import replace
-from vitask.recipes import POCKET, RECIPES, Study
+from vitask.recipes import POCKET, RECIPES, Source, Study
 
 small = {"stage1_epochs": 1, "stage2_epochs": 1, "tsm_epochs": 1}
-RECIPES["tiny"] = replace(
-    POCKET,
-    name="tiny",
-    phantom_samples=(16, 8, 8),
-    phantom_study=Study(datasets=("breastmnist",), train_limit=12, **small),
-)
+study = Study(datasets=("breastmnist",), train_limit=12, **small)
+phantom = Source(POCKET.datasets("phantom"), (0,), study, (16, 8, 8))
+RECIPES["tiny"] = replace(POCKET, name="tiny", sources={"phantom": phantom})
 runpy.run_module("bench", run_name="__main__")
 """
 
@@ -44,17 +41,29 @@ def started(out: Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", TINY, *words], cwd=ROOT, **quiet)
 
 
-def killed_with(out: Path, models: int, seconds: float) -> dict[Path, int]:
+def killed_with(out: Path, models: int, seconds: float) -> dict[str, int]:
     """A run that is killed so long after so many models; what it left whole, and when written."""
     with started(out) as process:
-        while len(list(out.glob("*/checkpoints/*.json"))) < models:
+        while len(list(out.glob("*/checkpoints/[a-z]*/training.json"))) < models:
             assert process.poll() is None
             time.sleep(0.02)
         time.sleep(seconds)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    whole = [*out.glob("*/checkpoints/*.json"), *out.glob("*/records/*.json")]
-    return {path: path.stat().st_mtime_ns for path in whole}
+    return left(out)
+
+
+def left(out: Path) -> dict[str, int]:
+    """Models and records that are whole, by name, and when they were written."""
+    whole = [
+        *out.glob("*/checkpoints/[a-z]*/training.json"),
+        *out.glob("*/unfinished/*/records/*.json"),
+        *out.glob("*/records/*.json"),
+    ]
+    return {
+        path.parent.name if path.name == "training.json" else path.name: path.stat().st_mtime_ns
+        for path in whole
+    }
 
 
 def results(out: Path) -> dict[str, bytes]:
@@ -76,13 +85,13 @@ def test_killed_in_the_middle_of_suites_that_share_models(tmp_path):
     with started(tmp_path / "whole") as process:
         pass
     assert process.returncode == 0
-    rng, before = np.random.default_rng(0), dict[Path, int]()
+    rng, before = np.random.default_rng(0), dict[str, int]()
     for models in (rng.integers(1, 4), rng.integers(4, MODELS + 1)):
         before |= killed_with(tmp_path / "again", models, rng.uniform(0, 0.3))
     with started(tmp_path / "again") as process:
         pass
     assert process.returncode == 0
-    assert before.items() == {path: path.stat().st_mtime_ns for path in before}.items()
+    assert before.items() <= left(tmp_path / "again").items()
     expected, found = results(tmp_path / "whole"), results(tmp_path / "again")
     assert {f"tiny-phantom/{name}.{kind}" for name in SUITES for kind in ("csv", "md")} < set(found)
     assert found == expected
@@ -91,13 +100,10 @@ def test_killed_in_the_middle_of_suites_that_share_models(tmp_path):
 @pytest.fixture
 def limited(tmp_path):
     """Eight images of a suite's 32 or 12: as many, and others."""
+    study = Study(datasets=("breastmnist",), train_limit=12)
+    phantom = Source(POCKET.datasets("phantom"), (0,), study, (40, 8, 8))
     return Plan(
-        recipe=replace(
-            POCKET,
-            train_limit=32,
-            phantom_samples=(40, 8, 8),
-            phantom_study=Study(datasets=("breastmnist",), train_limit=12),
-        ),
+        recipe=replace(POCKET, train_limit=32, sources={"phantom": phantom}),
         source="phantom",
         names=("breastmnist",),
         limit=8,
@@ -113,9 +119,7 @@ def test_features_are_shared_by_the_same_images_and_not_by_as_many(limited):
     def work_of(name):
         plan = sized(limited, suite(name))
         data = plan.datasets()
-        context = Context(name, plan.recipe, data, data, limited.out, {}, "cpu", Silent())
-        context.cache = cache
-        return Work(context, 0)
+        return Work(name, plan.recipe, data, data, 0, limited.out, {}, Silent(), cache)
 
     cache = {}
     main, ablation, other = work_of("main"), work_of("ablation"), work_of("calibration")
@@ -143,8 +147,9 @@ def test_a_model_is_found_by_its_key_under_another_name(tmp_path):
 
     how = (prepare, save, load)
     found = [
-        kept(tmp_path / name, key, "cheap", *how)[1]["found"]
-        for name, key in (("a", "1"), ("b", "1"), ("b", "2"), ("a", "2"), ("a", "1"))
+        kept(tmp_path, name, key, "cheap", *how)[1]["found"]
+        for name, key in (("a", "1"), ("b", "1"), ("b", "2"), ("a", "2"), ("a", "1"), ("a", "3"))
     ]
-    assert found == [False, True, False, True, True]
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "a.json", "b", "b.json"}
+    assert found == [False, True, False, True, True, False]
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a-1", "b"}  # none is lost
+    assert kept(tmp_path, "a", "1", "cheap", *how)[1]["found"]
