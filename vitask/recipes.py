@@ -12,6 +12,21 @@ from typing import Any
 from vitask.data import medmnist, phantom
 from vitask.prompts import FORMS
 
+AT_LEAST = {
+    "train_limit": 1,
+    "val_limit": 1,
+    "corrupted_limit": 1,
+    "lora_rank": 1,
+    "tsm_image_size": 1,
+    "tsm_epochs": 1,
+    "tsm_batch_size": 1,
+    "stage1_epochs": 0,
+    "stage2_epochs": 0,
+    "feature_memory_mib": 0,
+    "batch_size": 4,
+    "score_batch_size": 1,
+}
+
 
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
@@ -133,10 +148,16 @@ class Recipe:
                 f"recipe {self.name!r} trains {self.trained!r} with step 'shared'; what changes "
                 "the image tokens themselves goes through the plain forwards: set step='three'"
             )
+        for name, least in AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
+        if self.epochs == 0:
+            raise ValueError(f"recipe {self.name!r} has no epochs; expected 1 in one stage or more")
         if self.batch_size % 4:
             raise ValueError(
-                f"batch_size {self.batch_size} is no multiple of 4; "
-                "batches are made of blocks of 4 samples (vitask/batches.py)"
+                f"batch_size is {self.batch_size}; expected a multiple of 4, because batches are "
+                "made of blocks of 4 samples (vitask/batches.py)"
             )
 
     @classmethod

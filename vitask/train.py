@@ -130,31 +130,28 @@ def tune(
     exemplar: Features | None = None,
     on_epoch: OnEpoch = ignore,
 ) -> tuple[VITask, Log]:
-    """Tune `vlm` in place on the train parts; keep the epoch that is best on the val parts.
+    """Tune `vlm` in place on the train splits; keep the epoch that is best on the val splits.
 
-    image, exemplar: kept features of the frozen VLM and of the TSM (with `recipe.exemplar`);
-    where `recipe.trained` is more than the adapters, `image` is `vlm.pixel_values` kept.
-    Raises FloatingPointError as soon as a loss is not a finite number.
+    image, exemplar: features of the frozen VLM and of the TSM (with `recipe.exemplar`); where
+        `recipe.trained` is more than the adapters, `image` holds `vlm.pixel_values`
+    on_epoch: called after every epoch
+
+    ValueError if the recipe needs a TSM and none is given; FloatingPointError as soon as a loss is
+    not a finite number.
     """
     if recipe.exemplar and (tsm is None or exemplar is None):
         raise ValueError(
-            f"recipe {recipe.name!r} tunes with exemplars; expected a tsm and features"
+            f"recipe {recipe.name!r} tunes with exemplars; expected `tsm` and its features as "
+            "`exemplar`"
         )
     accelerate.utils.set_seed(seed)
-    kwargs = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = accelerate.Accelerator(kwargs_handlers=[kwargs])
-    vlm.add_lora(rank=recipe.lora_rank, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout)
-    seeing = vlm.vision_modules(recipe.trained).requires_grad_(True)
-    connector = None
-    if recipe.exemplar and tsm is not None:
-        width = tsm.feature_size(feature_kind(recipe.variant))
-        connector = ExemplarConnector(width, vlm.hidden_size).to(vlm.device)
+    ddp = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = accelerate.Accelerator(kwargs_handlers=[ddp])
+    model = _untuned(vlm, datasets, recipe, tsm)
+    vision = vlm.vision_modules(recipe.trained).requires_grad_(True)
     data = TrainingSet.of(
         vlm, datasets, image, exemplar if recipe.exemplar else None, form=recipe.instruction
     )
-    tasks = {name: Task.of(dataset) for name, dataset in datasets.items()}
-    model = VITask(vlm, recipe, tasks, tsm=tsm if recipe.exemplar else None, connector=connector)
-
     epochs = [
         make_batches(
             data.instruction,
@@ -166,41 +163,26 @@ def tune(
         )
         for epoch in range(recipe.epochs)
     ]
-    steps = sum(map(len, epochs))
-    step = TuningStep(vlm, connector, recipe)
-    whole = list(seeing.parameters())
-    trained = [p for p in step.parameters() if p.requires_grad]
-    ours = {id(p) for p in whole}
-    groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in ours]}]
-    if whole:
-        groups.append({"params": whole, "lr": recipe.vision_learning_rate})
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * steps), steps)
-    # The engine steps the schedule once per process otherwise; `steps` are this process's own.
-    accelerator.step_scheduler_with_optimizer = False
-    wrapped, optimizer, schedule = accelerator.prepare(step, optimizer, schedule)
+    step = TuningStep(vlm, model.connector, recipe)
+    update = _Update(accelerator, step, vision, recipe, steps=sum(map(len, epochs)))
 
     log, best = Log(), _Best(step)
     for epoch, batches in enumerate(epochs):
         stage = 1 if epoch < recipe.stage1_epochs else 2
         weights = stage_weights(recipe, stage)
-        if connector is not None:
-            connector.requires_grad_(stage == 1)  # trained in stage 1 only
+        if model.connector is not None:
+            model.connector.requires_grad_(stage == 1)  # trained in stage 1 only
         vlm.adapter.train()
         sums: dict[str, float] = dict.fromkeys(VITaskLosses._fields, 0.0)
         for batch in batches:
-            samples = data.rows(batch, accelerator.device, contrastive=weights.crt > 0)
-            losses = wrapped(samples, weights)
-            accelerator.backward(losses.total)
-            accelerator.clip_grad_norm_(trained, recipe.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            losses = update(
+                data.rows(batch, accelerator.device, contrastive=weights.crt > 0), weights
+            )
             for name, value in zip(VITaskLosses._fields, losses, strict=True):
                 sums[name] += float(value.detach())
             if not np.isfinite(sums["total"]):
                 raise FloatingPointError(
-                    f"loss is {float(losses.total.detach())} in epoch {epoch + 1}; "
+                    f"the loss is {float(losses.total.detach())} in epoch {epoch + 1}; "
                     "lower the recipe's learning_rate"
                 )
         vlm.adapter.eval()
@@ -213,6 +195,56 @@ def tune(
     best.restore(step)
     step.requires_grad_(False)
     return model, log
+
+
+def _untuned(vlm: VLM, datasets: Mapping[str, Dataset], recipe: Recipe, tsm: TSM | None) -> VITask:
+    """The model before its first step: new adapters, and a new connector with `recipe.exemplar`."""
+    vlm.add_lora(rank=recipe.lora_rank, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout)
+    connector = None
+    if recipe.exemplar and tsm is not None:
+        width = tsm.feature_size(feature_kind(recipe.variant))
+        connector = ExemplarConnector(width, vlm.hidden_size).to(vlm.device)
+    tasks = {name: Task.of(dataset) for name, dataset in datasets.items()}
+    return VITask(vlm, recipe, tasks, tsm=tsm if recipe.exemplar else None, connector=connector)
+
+
+class _Update:
+    """One optimizer step: AdamW, one warm-up and cosine over both stages, clipped gradients."""
+
+    def __init__(
+        self,
+        accelerator: accelerate.Accelerator,
+        step: TuningStep,
+        vision: nn.ModuleDict,
+        recipe: Recipe,
+        *,
+        steps: int,
+    ) -> None:
+        whole = list(vision.parameters())
+        apart = {id(p) for p in whole}
+        self._trained = [p for p in step.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self._trained if id(p) not in apart]}
+        ]
+        if whole:
+            groups.append({"params": whole, "lr": recipe.vision_learning_rate})
+        optimizer = torch.optim.AdamW(
+            groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(recipe.warmup * steps), steps)
+        # Otherwise accelerate steps the schedule once per process; `steps` are of this process.
+        accelerator.step_scheduler_with_optimizer = False
+        self._accelerator, self._max_norm = accelerator, recipe.max_grad_norm
+        self._step, self._optimizer, self._schedule = accelerator.prepare(step, optimizer, schedule)
+
+    def __call__(self, batch: BatchInputs, weights: Weights) -> VITaskLosses:
+        losses = self._step(batch, weights)
+        self._accelerator.backward(losses.total)
+        self._accelerator.clip_grad_norm_(self._trained, self._max_norm)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+        return losses
 
 
 class _Best:

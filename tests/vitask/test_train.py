@@ -1,5 +1,6 @@
 """Tuning: what trains, what stays frozen, when, and that one seed gives one result."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -19,6 +20,8 @@ from vitask.train import TrainingSet, tune
 from vitask.tsm import TSM, heads, train_tsm
 from vitask.validation import ignore
 from vitask.vlm import VLM
+
+OLD_FIELDS = ("datasets", "seeds", "study")  # of every source, in checkpoints of format 1
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +210,27 @@ def test_saved_and_loaded_scores_are_bit_equal(tuned, tiny_datasets, tmp_path):
         assert (scores(loaded, tiny_datasets)[key] == value).all()
     kinds = {path.suffix for path in (tmp_path / "checkpoint").rglob("*") if path.is_file()}
     assert kinds <= {".safetensors", ".json", ".jinja", ".md", ".txt"}
+
+
+def test_a_checkpoint_of_format_1_loads_and_a_newer_one_says_what_to_do(
+    tuned, tiny_datasets, tmp_path
+):
+    model, _ = tuned
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    card = json.loads((folder / "vitask.json").read_text())
+    assert card["format"] == 2
+    sources = card["recipe"].pop("sources")
+    old = {f"{s}_{k}": given[k] for s, given in sources.items() for k in OLD_FIELDS}
+    card["recipe"] |= old | {"phantom_samples": sources["phantom"]["samples"]}
+    (folder / "vitask.json").write_text(json.dumps(card | {"format": 1}))
+    loaded = VITask.from_pretrained(folder)
+    assert loaded.recipe == model.recipe
+    images = tiny_datasets["two"].splits["test"].images
+    assert (loaded.predict("two", images) == model.predict("two", images)).all()
+    (folder / "vitask.json").write_text(json.dumps(card | {"format": 3}))
+    with pytest.raises(ValueError, match=r"format 3; .*formats 1 to 2.*[Uu]pdate VITask"):
+        VITask.from_pretrained(folder)
 
 
 def test_saving_never_replaces_what_is_no_checkpoint(tuned, tmp_path):

@@ -1,0 +1,76 @@
+"""Recipes: what they take from each source, their studies, and reading old and new JSON."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from vitask.recipes import POCKET, RECIPES, Recipe, recipe
+
+
+def old_fields(recipe):
+    """The JSON of a recipe before it had `sources`."""
+    fields = json.loads(json.dumps(asdict(recipe)))
+    for source, given in fields.pop("sources").items():
+        samples = given.pop("samples")
+        fields |= {f"{source}_{name}": value for name, value in given.items()}
+        if samples is not None:
+            fields[f"{source}_samples"] = samples
+    return fields
+
+
+@pytest.mark.parametrize("known", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("source", ["phantom", "medmnist"])
+def test_json_of_this_and_of_earlier_versions_is_read(known, source):
+    for one in (known, known.study(source)):
+        assert Recipe.of_json(json.loads(json.dumps(asdict(one)))) == one
+        assert Recipe.of_json(old_fields(one)) == one
+
+
+def test_a_study_takes_its_own_datasets_seeds_and_sizes_from_its_source():
+    study = POCKET.study("medmnist")
+    size = POCKET.sources["medmnist"].study
+    assert study.datasets("medmnist") == size.datasets
+    assert study.seeds("medmnist") == size.seeds
+    assert study.train_limit == size.train_limit
+    assert (study.epochs, study.tsm_epochs) == (4, size.tsm_epochs)
+    assert study.sources["phantom"] == POCKET.sources["phantom"]
+    assert POCKET.study("phantom").samples("phantom") == POCKET.samples("phantom")
+    assert study.study("medmnist") == study
+
+
+def test_only_sources_that_draw_their_images_have_samples():
+    assert POCKET.samples("phantom") == (200, 60, 100)
+    assert POCKET.samples("medmnist") is None
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"no data source 'phantm'.*phantom, medmnist"):
+        POCKET.seeds("phantm")
+    with pytest.raises(ValueError, match=r"no recipe 'pockt'; did you mean pocket"):
+        recipe("pockt")
+
+
+def test_equal_recipes_are_equal_keys():
+    again = replace(POCKET, sources=dict(POCKET.sources))
+    assert again == POCKET
+    assert {POCKET: 1}[again] == 1
+    assert replace(POCKET, sources={}) != POCKET
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variant": "both"}, "variant is 'both'; expected one of cls, all, rep"),
+        ({"batch_size": 6}, "batch_size is 6; expected a multiple of 4"),
+        ({"batch_size": 0}, "batch_size is 0; expected at least 4"),
+        ({"train_limit": 0}, "train_limit is 0; expected at least 1"),
+        ({"stage1_epochs": -1}, "stage1_epochs is -1; expected at least 0"),
+        ({"stage1_epochs": 0, "stage2_epochs": 0}, "has no epochs"),
+        ({"exemplar": False}, "rda_weight 1.0 without exemplar"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_run_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(POCKET, **change)
