@@ -1,15 +1,17 @@
 """What a suite is: a question, its methods and metrics, the models it trains, and how it scores.
 
 To add a suite, add a file to `bench/suites/` that ends with `SUITE = MySuite()`, and its page of
-prose. The file's docstring is the introduction of its page. Suites are found by their file, and
-imported when they are needed: the command line lists them without torch.
+prose. The first line of the file's docstring is the question, all of it the introduction of its
+page. Suites are found by their file, and imported when they run.
 """
 
+import ast
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -149,7 +151,6 @@ class Suite:
     """A question and the experiment that answers it. Subclasses give what has no default."""
 
     name: ClassVar[str]  # the file's
-    question: ClassVar[str]  # one line
     methods: tuple[Method, ...]
     metrics: tuple[Metric, ...] = STANDARD  # the tables of its page, in their order
     published: Published | None = None
@@ -256,6 +257,14 @@ def tsm_vanilla_vitask(recipe: Recipe) -> dict[str, Training]:
         "vanilla": Training("vanilla", vanilla(recipe)),
         "vitask": Training("vitask", recipe),
     }
+
+
+def question(name: str) -> str:
+    """The first line of a suite's file, read without importing it."""
+    spec = find_spec(SUITES[name])
+    assert spec is not None
+    assert spec.origin is not None
+    return (ast.get_docstring(ast.parse(Path(spec.origin).read_text("utf-8"))) or "").split("\n")[0]
 
 
 def suite(name: str) -> Suite:

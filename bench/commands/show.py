@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.suite import MACHINE_SUITES, SUITES, suite
+from bench.suite import MACHINE_SUITES, SUITES, question, suite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +19,7 @@ def overview(roots: Sequence[Path]) -> str:
     from vitask.recipes import RECIPES
 
     lines = ["suites (`list SUITE` shows the methods)"]
-    lines += [_entry(name, suite(name).question) for name in SUITES]
+    lines += [_entry(name, question(name)) for name in SUITES]
     lines.append("suites that measure this machine (by name, not in --all)")
     lines += [_entry(name, text) for name, text in MACHINE_SUITES.items()]
     lines.append("recipes (`recipe NAME` prints one)")
@@ -39,7 +39,7 @@ def suite_methods(name: str) -> str:
     if name in MACHINE_SUITES:
         return _entry(name, MACHINE_SUITES[name])
     of = suite(name)
-    return "\n".join([of.question, *(_entry(m.name, m.text) for m in of.methods)])
+    return "\n".join([question(name), *(_entry(m.name, m.text) for m in of.methods)])
 
 
 def _entry(name: str, text: str) -> str:

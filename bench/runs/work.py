@@ -71,6 +71,7 @@ class Work:
     versions: dict[str, str]
     progress: "Advancing"
     cache: dict[Any, Any] = field(default_factory=dict)
+    _used: set[str] = field(default_factory=set)  # keys of models
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
     # Models
@@ -244,6 +245,8 @@ class Work:
             place, f"{training.name}-seed{self.seed}", key(ingredients), self.suite,
             prepare, save, load,
         )  # fmt: skip
+        note["found"] = note["found"] and note["key"] not in self._used  # counted once
+        self._used.add(note["key"])
         return model, note | {"changed": self.changed(training.recipe)}
 
     # Predictions for the test splits

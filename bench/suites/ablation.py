@@ -1,4 +1,4 @@
-"""The paper's table 2: what RDA and CRT contribute, without and with the exemplar.
+"""The paper's table 2: what do RDA and CRT contribute?
 
 Each loss alone is compared with none. Both losses together are compared with RDA alone, which
 differs in CRT and nothing else: the test is about what the second loss adds.
@@ -6,13 +6,10 @@ differs in CRT and nothing else: the test is about what the second loss adds.
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from bench.runs.work import Work
 from bench.suite import Method, Outcome, Published, Suite, Training
 from vitask.recipes import Recipe, vanilla
-
-if TYPE_CHECKING:
-    from bench.runs.work import Work
 
 ANSWERS = {  # model -> the methods it answers as: without, with the exemplar
     "vanilla": ("vanilla", ""),
@@ -41,7 +38,6 @@ def ablated(recipe: Recipe) -> dict[str, Training]:
 
 class Ablation(Suite):
     name = "ablation"
-    question = "The paper's table 2: what do RDA and CRT contribute?"
     methods = (
         Method("vanilla", "Van alone, no exemplar in training"),
         Method("rda", "Van + EP + RDA, without the exemplar", "vanilla"),
@@ -65,7 +61,7 @@ class Ablation(Suite):
     def models(self, recipe: Recipe) -> dict[str, Training]:
         return {"tsm": Training("tsm", recipe, kind="tsm"), **ablated(recipe)}
 
-    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         tsm = work.tsm(models["tsm"])
         for name, methods in ANSWERS.items():

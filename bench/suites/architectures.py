@@ -1,4 +1,4 @@
-"""Does exemplar prompting depend on the task-specific model? Other architectures and features.
+"""Does exemplar prompting depend on the task-specific model's architecture?
 
 The task-specific models are a CNN, a ViT that classifies from its class token, a ViT that pools,
 and a hybrid. One of them is the recipe's. Answers with the exemplar are compared with answers
@@ -9,13 +9,10 @@ whether another teacher is a better one.
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from bench.runs.work import Work
 from bench.suite import Method, Outcome, Suite, Training
 from vitask.recipes import Recipe
-
-if TYPE_CHECKING:
-    from bench.runs.work import Work
 
 LARGE = 224  # pixels of the task-specific model's input from which models of usual size are used
 TSMS = {  # what it is, timm's name of a small one, timm's name of a large one
@@ -43,7 +40,6 @@ def _against(tsm: str, use: str) -> str | None:
 
 class Architectures(Suite):
     name = "architectures"
-    question = "Does exemplar prompting depend on the task-specific model's architecture?"
     methods = tuple(
         Method(
             f"{tsm}_{use}",
@@ -64,7 +60,7 @@ class Architectures(Suite):
             found[name] = Training(f"vitask{end}", changed)
         return found
 
-    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         for name in TSMS:
             alone, pair = f"{name}_tsm", (f"{name}_without_ep", f"{name}_with_ep")

@@ -1,5 +1,6 @@
-"""Are EP, RDA and CRT better than simpler ideas? The baselines that reviewers asked for.
+"""Are EP, RDA and CRT better than simpler ideas?
 
+These are the baselines that reviewers asked for.
 Each comparison is between equals. A baseline that would replace one part of VITask is compared
 with that part: contrastive decoding with `crt`, the prefix with `vanilla_with_ep`; both are models
 of `ablation`. VITask is compared with the first thing to try at its price: without the exemplar
@@ -12,17 +13,16 @@ dataset, from fixed grids.
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bench.runs.work import Tuned, Work
 from bench.suite import Method, Outcome, Suite, Training
 from bench.suites.ablation import ablated
 from vitask.recipes import Recipe
-
-if TYPE_CHECKING:
-    from bench.runs.work import Tuned, Work
-    from vitask.tsm import TSM
+from vitask.score import Prediction
+from vitask.tsm import TSM
+from vitask.validation import decide, macro_f1
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of contrastive decoding; weights of the ensemble
 ALONE = ("vanilla", "vanilla_longer", "connector", "crt")
@@ -32,7 +32,6 @@ Scores = Callable[[str, str], dict[float, np.ndarray]]
 
 class Baselines(Suite):
     name = "baselines"
-    question = "Are EP, RDA and CRT better than simpler ideas?"
     methods = (
         Method("vanilla", "Van alone"),
         Method(
@@ -80,7 +79,7 @@ class Baselines(Suite):
             "vitask": models["vitask"],
         }
 
-    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         tsm = work.tsm(models["tsm"])
         for name in ALONE:
@@ -108,7 +107,7 @@ class Baselines(Suite):
             yield from work.both_ways(work.tuned(models["vitask"], tsm), pair, wanted)
 
 
-def _contrastive(work: "Work", vanilla: "Tuned") -> Scores:
+def _contrastive(work: Work, vanilla: Tuned) -> Scores:
     """log p(y | v) - strength log p(y | the mean training image)."""
 
     def scores(name: str, split: str) -> dict[float, np.ndarray]:
@@ -121,7 +120,7 @@ def _contrastive(work: "Work", vanilla: "Tuned") -> Scores:
     return scores
 
 
-def _ensemble(work: "Work", vanilla: "Tuned", tsm: "TSM") -> Scores:
+def _ensemble(work: Work, vanilla: Tuned, tsm: TSM) -> Scores:
     """(1 - weight) of vanilla's class log-probabilities and weight of the TSM's."""
 
     def scores(name: str, split: str) -> dict[float, np.ndarray]:
@@ -138,11 +137,8 @@ def _ensemble(work: "Work", vanilla: "Tuned", tsm: "TSM") -> Scores:
     return scores
 
 
-def _chosen(work: "Work", method: str, vanilla: "Tuned", scores: Scores, what: str) -> Outcome:
+def _chosen(work: Work, method: str, vanilla: Tuned, scores: Scores, what: str) -> Outcome:
     """The strength that is best on the validation split, dataset by dataset."""
-    from vitask.score import Prediction
-    from vitask.validation import decide, macro_f1
-
     predictions: list[Prediction] = []
     curves: dict[str, dict[str, float]] = {}
     for name, dataset in work.evaluated.items():

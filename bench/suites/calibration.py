@@ -1,5 +1,6 @@
-"""Can the probabilities be trusted, and does abstaining help? Both are set on validation data.
+"""Can the probabilities be trusted, and does abstaining help?
 
+Temperature and thresholds are set on validation data.
 `_scaled`: one temperature per dataset divides the log-probabilities. It maximises the likelihood
 of the validation split, and leaves the answers unchanged. Abstention: a share of the validation
 split with the largest confidence sets a threshold, and the test images above it are answered.
@@ -11,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bench.runs.work import Work, rounded
+from bench.stats.resampling import interval
 from bench.suite import KINDS, Method, Outcome, Suite, four_methods, pick
 from vitask.calibration import at_temperature, candidate_of, confidence, fit_temperature
+from vitask.data.spec import Dataset
+from vitask.score import Prediction
 
 if TYPE_CHECKING:
     from bench.report.answers import Answers
     from bench.runs.records import Record
-    from bench.runs.work import Work
-    from vitask.data.spec import Dataset
-    from vitask.score import Prediction
 
 SCALED = "_scaled"
 COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the validation split that are answered
@@ -32,7 +34,6 @@ Scores = dict[str, "Prediction"]  # dataset -> prediction of one split
 
 class Calibration(Suite):
     name = "calibration"
-    question = "Can the probabilities be trusted, and does abstaining help?"
     methods = (
         *four_methods(against=None),
         *(
@@ -42,7 +43,7 @@ class Calibration(Suite):
     )
     metrics = pick("ece", "macro_f1", "accuracy")
 
-    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         for kind in KINDS:
             if not {kind, f"{kind}{SCALED}"} & set(wanted):
@@ -63,8 +64,6 @@ class Calibration(Suite):
 
     def sections(self, records: "Sequence[Record]", answers: "Answers") -> list[tuple[str, str]]:
         """Accuracy on the answered images, by the share of the validation split answered."""
-        from bench.stats.resampling import interval
-
         head = [f"{coverage:.0%} of validation" for coverage in COVERAGES]
         lines = ["| method | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
         plain = {(r.method, r.seed): r for r in records}
@@ -86,13 +85,11 @@ class Calibration(Suite):
         return [(TITLE, "\n".join(lines))]
 
 
-def _of(predictions: "list[Prediction]") -> Scores:
+def _of(predictions: list[Prediction]) -> Scores:
     return {prediction.dataset: prediction for prediction in predictions}
 
 
-def _scores(work: "Work", model: Any, exemplar: Any, split: str) -> Scores:
-    from vitask.score import Prediction
-
+def _scores(work: Work, model: Any, exemplar: Any, split: str) -> Scores:
     done = {}
     for name in work.evaluated:
         features = None if exemplar is None else exemplar(name, split)
@@ -102,15 +99,13 @@ def _scores(work: "Work", model: Any, exemplar: Any, split: str) -> Scores:
 
 
 def _outcomes(
-    work: "Work",
+    work: Work,
     kind: str,
     vals: Mapping[str, "Prediction"],
     tests: Mapping[str, "Prediction"],
     wanted: Collection[str],
     note: dict[str, Any],
 ) -> Iterator[Outcome]:
-    from bench.runs.work import rounded
-
     scaled, temperatures, curves = [], {}, {}
     for name, dataset in work.evaluated.items():
         members = work.tasks[name].candidates.members
@@ -127,7 +122,7 @@ def _outcomes(
 
 
 def abstention(
-    val: "Prediction", test: "Prediction", dataset: "Dataset", members: np.ndarray
+    val: Prediction, test: Prediction, dataset: Dataset, members: np.ndarray
 ) -> list[list[float]]:
     """[share of val answered, share of test answered, accuracy on these] for each coverage."""
     of_val, of_test = confidence(val), confidence(test)
@@ -141,7 +136,7 @@ def abstention(
     return found
 
 
-def _right(prediction: "Prediction", labels: np.ndarray, members: np.ndarray) -> np.ndarray:
+def _right(prediction: Prediction, labels: np.ndarray, members: np.ndarray) -> np.ndarray:
     log_p = prediction.log_probability
     if prediction.kind == "labels":
         return ((log_p > np.log(0.5)) == (labels == 1)).all(1)

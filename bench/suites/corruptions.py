@@ -1,5 +1,6 @@
-"""MedMNIST-C: how well do the models answer corrupted images, corrupted as their modality is?
+"""MedMNIST-C: how well do the models answer corrupted images?
 
+Images are corrupted as images of their modality are.
 NAME is the clean test split. NAME+CORRUPTION holds each of its images at severities 1 to 5, made
 by the package medmnistc. `lost` is the balanced accuracy that the corruption costs. `be` and `rbe`
 are MedMNIST-C's own errors, relative to its AlexNet at 224 pixels; datasets without one are named
@@ -14,16 +15,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bench.runs.work import TrainedTSM, Tuned, Work, classified
+from bench.stats.metrics import measure, scored
+from bench.stats.resampling import interval
 from bench.suite import Metric, Outcome, Suite, four_methods, pick
 from vitask.data import corruption as medmnist_c
+from vitask.data.spec import Dataset, Split
+from vitask.data.subset import subset
+from vitask.prompts import candidates
+from vitask.score import Prediction
 
 if TYPE_CHECKING:
     from bench.report.answers import Answers
     from bench.runs.plan import Plan
     from bench.runs.records import Record
-    from bench.runs.work import TrainedTSM, Tuned, Work
-    from vitask.data.spec import Dataset
-    from vitask.score import Prediction
 
 MARK = "+"  # between a dataset's name and its corruption's
 LOST = (
@@ -42,7 +47,6 @@ def base_of(dataset: str) -> str:
 
 class Corruptions(Suite):
     name = "corruptions"
-    question = "MedMNIST-C: how well do the models answer corrupted images?"
     methods = four_methods()
     metrics = (
         *pick("macro_f1", "balanced_accuracy"),
@@ -63,10 +67,8 @@ class Corruptions(Suite):
     def lacking(self, plan: "Plan") -> str | None:
         return medmnist_c.missing()
 
-    def evaluated(self, plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
+    def evaluated(self, plan: "Plan", datasets: dict[str, Dataset]) -> dict[str, Dataset]:
         """Clean and corrupted test splits; `run` makes the corrupted images, set by set."""
-        from vitask.data.subset import subset
-
         found = {}
         for name, dataset in datasets.items():
             clean = subset(dataset, test=plan.recipe.corrupted_limit)
@@ -76,7 +78,7 @@ class Corruptions(Suite):
                 found[own.spec.name] = own
         return found
 
-    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         tsm = work.tsm(models["tsm"])
         vanilla, vitask = work.tuned(models["vanilla"]), work.tuned(models["vitask"], tsm)
@@ -115,10 +117,8 @@ class Corruptions(Suite):
         return found
 
 
-def _described(clean: "Dataset", corruption: str) -> "Dataset":
+def _described(clean: Dataset, corruption: str) -> Dataset:
     """Labels, ids and groups of a corrupted set, over a black image that takes no memory."""
-    from vitask.data.spec import Split
-
     test = clean.splits["test"]
     severities = medmnist_c.SEVERITIES
     split = Split(
@@ -132,12 +132,9 @@ def _described(clean: "Dataset", corruption: str) -> "Dataset":
 
 
 def _answers(
-    work: "Work", name: str, tsm: "TrainedTSM", vanilla: "Tuned", vitask: "Tuned"
-) -> "dict[str, Prediction]":
+    work: Work, name: str, tsm: TrainedTSM, vanilla: Tuned, vitask: Tuned
+) -> dict[str, Prediction]:
     """Method -> its answers to a clean or a corrupted set."""
-    from bench.runs.work import classified
-    from vitask.score import Prediction
-
     base, _, corruption = name.partition(MARK)
     images = work.evaluated[base].splits["test"].images
     if corruption:
@@ -159,7 +156,7 @@ def _answers(
 
 
 def _judged(
-    work: "Work", predictions: "list[Prediction]"
+    work: Work, predictions: list[Prediction]
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
     """lost, be and rbe of each corrupted set, and its balanced accuracy by severity."""
     accuracy, steps = {}, {}
@@ -184,11 +181,8 @@ def _judged(
     return values, steps
 
 
-def _balanced(prediction: "Prediction", dataset: "Dataset", rows: np.ndarray) -> float:
+def _balanced(prediction: Prediction, dataset: Dataset, rows: np.ndarray) -> float:
     """Balanced accuracy on some of the test images."""
-    from bench.stats.metrics import measure, scored
-    from vitask.prompts import candidates
-
     labels = dataset.splits["test"].labels[rows]
     answers = candidates(dataset.spec, dataset.splits["train"].labels)
     some = replace(prediction, log_probability=prediction.log_probability[rows])
@@ -222,9 +216,6 @@ def _by_severity(
 
     weights: (resamples, n) of the clean images; with an image all its versions are drawn.
     """
-    from bench.stats.metrics import measure
-    from bench.stats.resampling import interval
-
     points, drawn = [], []
     for record in records:
         clean = record.metrics[base]["balanced_accuracy"]

@@ -1,4 +1,4 @@
-"""What does each method cost? Parameters, training seconds and memory, images per second.
+"""What does each method cost in parameters, time and memory?
 
 Seconds and memory depend on this machine and differ from run to run. Seconds are those of the run
 that trained the model, here or in an earlier suite, without the frozen image features that all
@@ -10,15 +10,13 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+
+from bench.runs.work import Tuned, Work
 from bench.suite import Metric, Outcome, Suite, four_methods
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
-    from bench.runs.work import Tuned, Work
 
 MEASURED = ("training_seconds", "training_peak_mib", "images_per_second")
 ROUNDS = 5
@@ -28,7 +26,6 @@ Answer = Callable[["np.ndarray"], Any]
 
 class Cost(Suite):
     name = "cost"
-    question = "What does each method cost in parameters, time and memory?"
     methods = four_methods(against=None)
     metrics = (
         Metric("parameters_trained", "Parameters that are trained"),
@@ -39,7 +36,7 @@ class Cost(Suite):
     )
     scorings = 0.0  # no test split is scored
 
-    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         tsm = work.tsm(models["tsm"])
         name, dataset = next(iter(work.evaluated.items()))
@@ -68,7 +65,7 @@ class Cost(Suite):
             yield Outcome(method, [], extras, values={"all datasets": values}, measured=MEASURED)
 
 
-def _parameters(model: Any, tsm: "torch.nn.Module", *, exemplar: bool) -> dict[str, float]:
+def _parameters(model: Any, tsm: torch.nn.Module, *, exemplar: bool) -> dict[str, float]:
     """Parameters that are trained, and that an answer needs. model: None for the TSM alone."""
     small = _count(tsm)
     if model is None:
@@ -82,11 +79,11 @@ def _parameters(model: Any, tsm: "torch.nn.Module", *, exemplar: bool) -> dict[s
     }
 
 
-def _count(module: "torch.nn.Module") -> int:
+def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _rates(answers: dict[str, Answer], images: "np.ndarray") -> dict[str, float]:
+def _rates(answers: dict[str, Answer], images: np.ndarray) -> dict[str, float]:
     """Images per second of each: the median of rounds in which all take their turn."""
     seconds: dict[str, list[float]] = {method: [] for method in answers}
     for number in range(ROUNDS + 1):

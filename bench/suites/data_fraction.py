@@ -1,27 +1,23 @@
-"""When does a VLM win? All methods with 1, 10 and 100 % of the study's training images.
+"""With how many training images does a VLM win?
 
+All methods train on 1, 10 and 100 % of the study's training images.
 At least one image of every class is kept. Validation and test splits stay whole.
 """
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from vitask.data.subset import subset
-
+from bench.runs.work import Work
 from bench.suite import KINDS, Method, Outcome, Suite, Training, tsm_vanilla_vitask
+from vitask.data.spec import Dataset
+from vitask.data.subset import subset
 from vitask.recipes import Recipe
-
-if TYPE_CHECKING:
-    from bench.runs.work import Work
-    from vitask.data.spec import Dataset
 
 PERCENT = (1, 10, 100)
 
 
 class DataFraction(Suite):
     name = "data_fraction"
-    question = "With how many training images does a VLM win?"
     methods = tuple(
         Method(
             f"{kind}_{percent}",
@@ -43,7 +39,7 @@ class DataFraction(Suite):
             for kind, training in tsm_vanilla_vitask(recipe).items()
         }
 
-    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         for percent in PERCENT:
             pair = (f"vitask_without_ep_{percent}", f"vitask_with_ep_{percent}")
@@ -63,7 +59,7 @@ class DataFraction(Suite):
                 yield from work.both_ways(vitask, pair, wanted)
 
 
-def fraction(datasets: "dict[str, Dataset]", percent: int) -> "dict[str, Dataset]":
+def fraction(datasets: dict[str, Dataset], percent: int) -> dict[str, Dataset]:
     """So many percent of the training images, at least as many as there are classes."""
     found = {}
     for name, dataset in datasets.items():

@@ -1,5 +1,6 @@
-"""The paper's figure 2, on one dataset: ways to give the VLM the task-specific model's knowledge.
+"""The paper's figure 2: which form should the exemplar take?
 
+One dataset; ways to give the VLM the task-specific model's knowledge.
 `vlm_vision` trains the VLM's vision encoder as well. RDA and RDA* answer without the exemplar;
 RDA* lets the loss move its teacher too. The task-specific model takes images of at least 128
 pixels, so that it has several patch tokens: at 32 pixels a CNN of stride 32 has one, which equals
@@ -8,13 +9,10 @@ its pooled feature.
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from bench.runs.work import Work
 from bench.suite import Chart, Method, Outcome, Published, Suite, Training
 from vitask.recipes import Recipe, vanilla
-
-if TYPE_CHECKING:
-    from bench.runs.work import Work
 
 Names = tuple[str, ...]
 TSM_SIDE = 128  # pixels
@@ -23,7 +21,6 @@ WITH_EXEMPLAR = ("ep_cls", "ep_all", "ep_rep")
 
 class Exemplars(Suite):
     name = "exemplars"
-    question = "The paper's figure 2: which form should the exemplar take?"
     methods = (
         Method("tsm", "the task-specific model", "vlm"),
         Method("vlm", "the VLM tuned by instructions alone (Van)"),
@@ -63,7 +60,7 @@ class Exemplars(Suite):
             "rda_star": Training("rda_star", replace(rda, detach_exemplar=False)),
         }
 
-    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         tsm = work.tsm(models.pop("tsm"))
         if "tsm" in wanted:

@@ -1,5 +1,6 @@
-"""The paper's table 3: trained on RetinaMNIST, tested on photographs of other clinics.
+"""The paper's table 3: how do the models answer images of other clinics?
 
+They are trained on RetinaMNIST and tested on photographs of other clinics.
 `vitask_plug` replaces the task-specific model by one that was trained on the external set's own
 training split; nothing else is tuned. `referable_auc` is the AUC of grade 2 or more.
 """
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bench.runs.work import Work
+from bench.stats.items import Items, Values
+from bench.stats.metrics import binary_auc
 from bench.suite import (
     BOTH_WAYS,
     Method,
@@ -21,14 +25,14 @@ from bench.suite import (
     four_methods,
     pick,
 )
+from vitask.checkpoint import VITask
+from vitask.data import external
+from vitask.data.spec import Dataset
+from vitask.data.subset import subset
+from vitask.score import Prediction
 
 if TYPE_CHECKING:
     from bench.runs.plan import Plan
-    from bench.runs.work import Work
-    from bench.stats.items import Values
-    from vitask.checkpoint import VITask
-    from vitask.data.spec import Dataset
-    from vitask.score import Prediction
 
 Names = tuple[str, ...]
 TRAINED = "retinamnist"
@@ -37,7 +41,6 @@ REFERABLE = 2  # grade from which a patient is referred
 
 class External(Suite):
     name = "external"
-    question = "The paper's table 3: how do the models answer images of other clinics?"
     methods = (
         *four_methods(),
         Method("vitask_plug", "VITask with a TSM of the external set plugged in", "vanilla"),
@@ -55,8 +58,6 @@ class External(Suite):
         return (TRAINED,)
 
     def lacking(self, plan: "Plan") -> str | None:
-        from vitask.data import external
-
         if external.names(plan.source, plan.roots):
             return None
         looked = ", ".join(map(str, plan.roots)) or "no data root"
@@ -65,12 +66,8 @@ class External(Suite):
             "bench/suites/external.md says what they hold"
         )
 
-    def evaluated(self, plan: "Plan", datasets: "dict[str, Dataset]") -> "dict[str, Dataset]":
+    def evaluated(self, plan: "Plan", datasets: dict[str, Dataset]) -> dict[str, Dataset]:
         """The external sets in the data roots."""
-        from vitask.data.subset import subset
-
-        from vitask.data import external
-
         size, retina, found = plan.recipe.source_size, datasets[TRAINED].spec, {}
         for name in external.names(plan.source, plan.roots):
             dataset = external.load(name, retina, source=plan.source, roots=plan.roots, size=size)
@@ -78,14 +75,12 @@ class External(Suite):
             found[name] = subset(dataset, train=limit, val=limit, test=limit)
         return found
 
-    def measured(self, values: "Values", weights: np.ndarray) -> dict[str, np.ndarray]:
+    def measured(self, values: Values, weights: np.ndarray) -> dict[str, np.ndarray]:
         """AUC of the probability of grade 2 or more."""
-        from bench.stats.metrics import binary_auc
-
         truth = values["referable"] == 1
         return {"referable_auc": binary_auc(values["probability"], truth, weights.T)}
 
-    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         tsm = work.tsm(models["tsm"])
         if "tsm" in wanted:
@@ -108,11 +103,9 @@ class External(Suite):
 
 
 def _plugged(
-    work: "Work", model: "VITask", training: Training
-) -> "tuple[list[Prediction], dict[str, Any]]":
+    work: Work, model: VITask, training: Training
+) -> tuple[list[Prediction], dict[str, Any]]:
     """Each external set with its own task-specific model, and the logs of their trainings."""
-    from vitask.score import Prediction
-
     done, logs = [], {}
     for name, dataset in work.evaluated.items():
         of_set = replace(training, name=f"tsm-{name}")
@@ -126,9 +119,7 @@ def _plugged(
     return done, logs
 
 
-def _with_referable(work: "Work", outcome: Outcome) -> Outcome:
-    from bench.stats.items import Items
-
+def _with_referable(work: Work, outcome: Outcome) -> Outcome:
     items = {}
     for prediction in outcome.predictions:
         labels = work.evaluated[prediction.dataset].splits["test"].labels

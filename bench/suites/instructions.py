@@ -1,4 +1,4 @@
-"""The paper's figure 4 and more: how well do the models answer an incomplete instruction?
+"""The paper's figure 4: how well do the models answer incomplete instructions?
 
 @FORM: tuned with the complete instruction, asked by the form. @no_list_trained: the list of
 possible diagnoses is left out in training too, as in the paper. All answers are without the
@@ -12,13 +12,11 @@ instruction is compared with Van alone. This command compares them for another f
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from bench.runs.work import Work
 from bench.suite import Chart, Method, Outcome, Published, Suite, Training, tsm_vanilla_vitask
+from vitask.checkpoint import VITask
 from vitask.recipes import Recipe
-
-if TYPE_CHECKING:
-    from bench.runs.work import Work
 
 Names = tuple[str, ...]
 TRAINED = "no_list_trained"
@@ -49,7 +47,6 @@ def _against(kind: str, form: str) -> str | None:
 
 class Instructions(Suite):
     name = "instructions"
-    question = "The paper's figure 4: how well do the models answer incomplete instructions?"
     methods = tuple(
         Method(f"{kind}@{form}", f"{text}: {what}", against=_against(kind, form))
         for form, what in FORMS.items()
@@ -73,9 +70,7 @@ class Instructions(Suite):
             models[f"{name}-no_list"] = Training(f"{name}-no_list", no_list)
         return models
 
-    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
-        from vitask.checkpoint import VITask
-
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         for kind, (name, _) in KINDS.items():
             asked = [form for form in FORMS if f"{kind}@{form}" in wanted]

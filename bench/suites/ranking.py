@@ -1,4 +1,4 @@
-"""The paper's figure 3: is the true response likelier for the right image than for a wrong one?
+"""The paper's figure 3: do right images rank above wrong ones?
 
 For every test image, the suite takes the mean probability of the true response's tokens (each
 given those before it): once for the image itself, once for an image of another class of the same
@@ -9,24 +9,25 @@ alike; 50 bins), `ranking_auc` the probability that a right image ranks above a 
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
+from bench.runs.work import Work
+from bench.stats.items import Items, Values
+from bench.stats.metrics import binary_auc
 from bench.suite import Chart, Method, Metric, Outcome, Suite, Training
+from vitask.branches import response_hidden
+from vitask.checkpoint import VITask
+from vitask.prompts import answer, instruction, response
 from vitask.recipes import Recipe, vanilla
-
-if TYPE_CHECKING:
-    from bench.runs.work import Work
-    from bench.stats.items import Items, Values
-    from vitask.checkpoint import VITask
 
 BINS = 50
 
 
 class Ranking(Suite):
     name = "ranking"
-    question = "The paper's figure 3: do right images rank above wrong ones?"
     methods = (
         Method("untuned", "the VLM before tuning", "vanilla"),
         Method("vanilla", "Van alone"),
@@ -49,7 +50,7 @@ class Ranking(Suite):
         crt = replace(plain, crt_weight=recipe.crt_weight)
         return {"vanilla": Training("vanilla", plain), "crt": Training("crt", crt)}
 
-    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         for method in (m.name for m in self.methods):
             if method not in wanted:
@@ -62,10 +63,8 @@ class Ranking(Suite):
             work.scored(method)
             yield Outcome(method, [], {"changed": changed}, items=items)
 
-    def measured(self, values: "Values", weights: np.ndarray) -> dict[str, np.ndarray]:
+    def measured(self, values: Values, weights: np.ndarray) -> dict[str, np.ndarray]:
         """The numbers of the two distributions, an image's two values weighted alike."""
-        from bench.stats.metrics import binary_auc
-
         positive, negative = values["positive"], values["negative"]
         total = weights.sum(1, keepdims=True)
         shares = []
@@ -82,11 +81,8 @@ class Ranking(Suite):
         }
 
 
-def _items(work: "Work", model: "VITask", name: str) -> "Items":
+def _items(work: Work, model: VITask, name: str) -> Items:
     """Mean token probability of each image's true response, for it and for a wrong image."""
-    from bench.stats.items import Items
-    from vitask.prompts import answer, instruction, response
-
     dataset = work.everything[name]
     test = dataset.splits["test"]
     texts = [answer(dataset.spec, label) for label in test.labels]
@@ -103,11 +99,7 @@ def _items(work: "Work", model: "VITask", name: str) -> "Items":
     return Items(values, test.groups)
 
 
-def _mean_probability(model: "VITask", prompt: Any, image: Any, ids: list[Any]) -> np.ndarray:
-    import torch
-
-    from vitask.branches import response_hidden
-
+def _mean_probability(model: VITask, prompt: Any, image: Any, ids: list[Any]) -> np.ndarray:
     found = []
     size = model.recipe.score_batch_size
     with torch.inference_mode():

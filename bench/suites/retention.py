@@ -1,5 +1,6 @@
-"""How much general ability does tuning cost? The VLM's own task before and after each tuning.
+"""How much of the VLM's general ability does tuning cost?
 
+The VLM answers its own task before and after each tuning.
 For the embedded VLM this task is its held-out picture questions, by kind, answered in free text.
 `vanilla` against `untuned` shows the cost of tuning, `vitask` against `vanilla` the further cost
 of VITask's losses.
@@ -10,19 +11,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bench.runs.work import Work
+from bench.stats.items import Items, Values
 from bench.suite import Method, Metric, Outcome, Suite
+from vitask.pocket.evaluate import right
 
 if TYPE_CHECKING:
     from bench.runs.plan import Plan
-    from bench.runs.work import Work
-    from bench.stats.items import Values
 
 PICTURES, SEED = 400, 777  # held out from all pictures that the VLM was trained on
 
 
 class Retention(Suite):
     name = "retention"
-    question = "How much of the VLM's general ability does tuning cost?"
     methods = (
         Method("untuned", "the VLM before tuning"),
         Method("vanilla", "after tuning with Van alone", "untuned"),
@@ -42,14 +43,11 @@ class Retention(Suite):
         """All kinds are asked about the same pictures."""
         return "pictures"
 
-    def measured(self, values: "Values", weights: np.ndarray) -> dict[str, np.ndarray]:
+    def measured(self, values: Values, weights: np.ndarray) -> dict[str, np.ndarray]:
         """The share of right answers among the pictures that the kind is asked about."""
         return {"accuracy": weights @ values["right"] / (weights @ values["asked"])}
 
-    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
-        from bench.stats.items import Items
-        from vitask.pocket.evaluate import right
-
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         for method in (m.name for m in self.methods):
             if method not in wanted:

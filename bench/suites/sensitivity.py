@@ -1,17 +1,14 @@
-"""How much do the defaults matter? α and β over a grid, lengths of the stages, LoRA rank.
+"""How much do α, β, the stages' lengths and the LoRA rank matter?
 
 Every setting answers without and with the exemplar, and is compared with the default's answers.
 """
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from bench.runs.work import Work
 from bench.suite import Method, Outcome, Suite, Training
 from vitask.recipes import Recipe
-
-if TYPE_CHECKING:
-    from bench.runs.work import Work
 
 WEIGHTS = (0.3, 1.0, 3.0)  # factors of the recipe's alpha and beta, about 3 apart
 WITH = "_with_ep"
@@ -28,7 +25,6 @@ SETTINGS = {
 
 class Sensitivity(Suite):
     name = "sensitivity"
-    question = "How much do α, β, the stages' lengths and the LoRA rank matter?"
     methods = tuple(
         Method(
             f"{name}{end}", f"{text}{how}", against=None if name == "default" else f"default{end}"
@@ -54,7 +50,7 @@ class Sensitivity(Suite):
             models[name] = Training("vitask" if name == "default" else f"vitask-{name}", changed)
         return models
 
-    def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
+    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
         tsm = work.tsm(models["tsm"])
         for name in SETTINGS:

@@ -16,7 +16,6 @@ from vitask.score import Prediction
 
 class Cheap(Suite):
     name = "cheap"
-    question = "Do runs work?"
     study = False
     methods = (
         Method("majority", "the training split's class frequencies", "vanilla"),

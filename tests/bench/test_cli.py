@@ -193,15 +193,17 @@ def test_a_printed_recipe_can_be_run(plan, tmp_path):
     file.write_text(bench("recipe", "tiny").output)
     words = ["run", "cheap", "--recipe", file, "--limit", 12, "--out", plan.out]
     assert bench(*words).exit_code == 0
-    assert bench("run", "cheap", "--recipe", "tiny", "--limit", 12, "--out", plan.out).exit_code == 0
-    keys = {
-        json.loads(path.read_text())["cheap"]["key"] for path in plan.out.glob("*/run.json")
-    }
+    assert (
+        bench("run", "cheap", "--recipe", "tiny", "--limit", 12, "--out", plan.out).exit_code == 0
+    )
+    keys = {json.loads(path.read_text())["cheap"]["key"] for path in plan.out.glob("*/run.json")}
     assert len(keys) == 1  # the name decides nothing
 
 
 @pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])
-def test_an_out_that_cannot_be_written_is_refused_before_anything_runs(plan, tmp_path, kind, monkeypatch):
+def test_an_out_that_cannot_be_written_is_refused_before_anything_runs(
+    plan, tmp_path, kind, monkeypatch
+):
     out = tmp_path / "out"
     if kind == "a file":
         out.touch()

@@ -17,7 +17,7 @@ from bench.runs import sets
 from bench.runs.job import run_job
 from bench.runs.plan import Job, Plan, job_of, sized
 from bench.runs.records import record_name
-from bench.suite import MACHINE_SUITES, SUITES, machine_suite, suite
+from bench.suite import MACHINE_SUITES, SUITES, machine_suite, question, suite
 from bench.suites.corruptions import missing
 from vitask.recipes import POCKET, RECIPES, Source, Study
 from vitask.tsm import TSM, Head
@@ -31,7 +31,8 @@ def test_face_is_complete(name):
     of = suite(name)
     assert of.name == name
     assert of.about
-    assert of.question.endswith("?")
+    assert question(name).endswith("?")
+    assert of.about.startswith(question(name))
     names = [method.name for method in of.methods]
     assert len(set(names)) == len(names)
     for method in of.methods:
