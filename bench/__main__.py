@@ -214,8 +214,9 @@ def collect(
     from bench.runs.sets import collect as copy
     from bench.runs.sets import locked, read_records
 
+    found = _runs(folders, target)
     check_out(target)
-    for folder in _runs(folders, target):
+    for folder in found:
         place = target / folder.resolve().name
         if place.resolve() == folder.resolve():
             raise ValueError(f"{folder} is the target itself; name runs made elsewhere")

@@ -173,7 +173,7 @@ def _run_job(job: Job, done: Run, progress: Progress, command: str, cache: Any) 
         if computed:
             progress.note(f"{name}: bootstrap, tests and tables")
         written, frame = render.write(done.folder, records)
-        progress.advance(job.judging_units, f"{name}: tables")
+        progress.advance(job.judging_units, f"{name}: tables", finished=True)
     except Exception as error:  # the other suites go on
         done.failed[name] = described(error)
         return
@@ -187,15 +187,11 @@ def _run_job(job: Job, done: Run, progress: Progress, command: str, cache: Any) 
 
 def check_out(out: Path) -> None:
     """ValueError, before anything is computed, if nothing can be written there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        writable = os.access(out, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise ValueError(
-            f"--out {out} cannot be made ({error.strerror}); expected a folder to write to"
-        ) from None
-    if not writable:
-        raise ValueError(f"--out {out} is not writable; expected a folder to write to")
+    place = out
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise ValueError(f"--out {out}: cannot write to {place}; expected a folder to write to")
 
 
 def described(error: Exception) -> str:

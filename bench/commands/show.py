@@ -58,7 +58,7 @@ def main_table(frame: "pd.DataFrame", name: str) -> str:
     rows = frame[frame["metric"] == metric.name]
     where = "average" if (rows["dataset"] == "average").any() else rows["dataset"].iloc[0]
     data = "PHANTOM data" if "phantom" in rows["source"].iloc[0] else "real data"
-    lines = [textwrap.shorten(f"{name}: {metric.title}, {where}, {data}", WIDTH)]
+    lines = [textwrap.shorten(f"{name}, {where}, {data}: {metric.title}", WIDTH)]
     for row in rows[rows["dataset"] == where].to_dict(orient="records"):
         value = f"{row['mean']:10.3f}" if row["mean"] < 1000 else f"{row['mean']:10,.0f}"
         spread = f" ± {row['sd']:.3f}" if row["sd"] == row["sd"] else ""

@@ -6,6 +6,7 @@ Equal ingredients give equal results; where they differ, `keys.changes` names th
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,12 @@ def _of(modules: Mapping[str, str], recipe: Recipe, versions: Mapping[str, str])
 def _weights(recipe: Recipe) -> dict[str, str]:
     """The base VLM's files, where they are on this machine."""
     place = POCKET if recipe.vlm == "pocket" else Path(recipe.vlm)
-    return {"weights": weights(place)} if place.is_dir() else {}
+    return {"weights": _digest(place)} if place.is_dir() else {}
+
+
+@cache
+def _digest(folder: Path) -> str:
+    return weights(folder)
 
 
 def set_key(suite: str, ingredients: Mapping[str, Any]) -> str:

@@ -1,189 +1,241 @@
-"""Keys: equal keys, equal results; different keys, a reason that can be named.
+"""A key says what decides a result: equal keys, equal results; different keys, a named reason.
 
-The code that decides a result is found statically: the modules that a module imports, directly or
-through others, each by the digest of its syntax tree without prose. Documentation, comments,
-titles, texts and error messages therefore change no key.
+Code enters a key by the modules that a computation imports. Each module counts by its syntax tree
+without formatting, prose and types: who rewords a title computes nothing again. Prose is
+
+- docstrings, comments, and the messages of `raise` and `assert`;
+- every `help="..."`;
+- in `bench`, the texts called `text`, `title`, `question`, `note` or `published_note`, given as
+  arguments or assigned in a class or module, and the second argument of `Method`, `Metric` and
+  `Published`.
+  In `vitask` a text may be what a model reads, so there these names count.
+
+The named recipes and the fields of `Recipe` are left out too: they enter a key as values.
 """
 
 import ast
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.errors import ROOT
 
 PACKAGES = ("kernels", "vitask", "bench")
-CODE = "code: "
-PROSE = {"text", "title", "question", "note", "help", "published"}  # arguments and attributes
-SHOWN = {"Method", "Metric", "Published", "Chart"}  # only their first argument decides anything
-RECIPES = "vitask/recipes.py"  # a recipe's values enter as values, not as code
+CODE = "code: "  # before a module's path, as the name of an ingredient
+RECIPES = "vitask/recipes.py"
+PROSE = {"text", "title", "question", "note", "help", "published_note"}
+TYPES = {"typing", "collections.abc", "jaxtyping"}  # a name from there matters where it is used
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+SCOPES = (*FUNCTIONS, ast.ClassDef)
+CHECKING = {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
 
 
-def code(modules: Iterable[str], leave: Collection[str] = (), root: Path = ROOT) -> dict[str, str]:
-    """Path -> digest of each module of this project that these import, themselves included.
+def code(
+    modules: Iterable[str], leave: Collection[str] = (), *, root: Path = ROOT
+) -> dict[str, str]:
+    """Path -> digest of these modules and all that they import, directly or through others.
 
-    `from package.module import name` depends on that module alone, not on the `__init__` of its
-    package, which only re-exports; `from package import name` depends on the `__init__`.
-    leave: prefixes of paths that are left out, such as model families that are not in use.
+    modules: dotted names; leave: starts of paths that are left out, with what only they import.
+    Imports inside functions count, those under `if TYPE_CHECKING:` do not. `from a.b import c`
+    depends on a/b.py and not on a/__init__.py, which only re-exports; `import a` and
+    `from a import c` depend on a/__init__.py, unless c is a module itself. A module that is
+    imported by a computed name is not found: name it in `modules`.
     """
     found: dict[str, str] = {}
-    todo = [_file(root, module) for module in modules]
+    todo = [_file(root, name) for name in modules]
     while todo:
         path = todo.pop()
-        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-        if name in found or name.startswith(tuple(leave)):
-            continue
-        digest, imported, _ = _read(root, path, path.stat().st_mtime_ns)
-        found[name] = digest
-        todo += imported
+        if path not in found and not path.startswith(tuple(leave)):
+            module = _read(root, path)
+            found[path] = module.digest
+            todo += [_file(root, *names) for names in module.imports]
     return dict(sorted(found.items()))
 
 
-def fields_read(paths: Iterable[str], known: Collection[str], root: Path = ROOT) -> frozenset[str]:
-    """The names among `known`, fields of a recipe, that these modules read as attributes."""
-    read: set[str] = set()
-    for name in paths:
-        if name != RECIPES:
-            path = root / name
-            if not path.is_file():
-                path = Path(str(sys.modules[path.stem].__file__))
-            read |= _read(root, path, path.stat().st_mtime_ns)[2] & set(known)
-    return frozenset(read)
+def fields_read(
+    paths: Iterable[str], known: Collection[str], *, root: Path = ROOT
+) -> frozenset[str]:
+    """The names in `known`, fields of a recipe, that these modules read as attributes.
+
+    Where they read a property of `Recipe`, they read its fields. `vitask/recipes.py` itself, which
+    checks all fields, does not count.
+    """
+    attributes = (_read(root, path).attributes for path in paths if path != RECIPES)
+    read = set().union(*attributes)
+    properties = _properties((root / RECIPES).read_bytes())
+    while more := {field for name in read for field in properties.get(name, ())} - read:
+        read |= more
+    return frozenset(read & set(known))
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """A line for each ingredient that differs; for code its file."""
+    """One line for each ingredient that differs; none if and only if the keys are equal."""
     lines = []
     for name in sorted({*before, *after}):
-        if name in before and name in after:
-            if before[name] != after[name]:
-                values = "" if name.startswith(CODE) else f" {before[name]} → {after[name]}"
-                lines.append(f"{name}{values}")
-        else:
+        if name not in before or name not in after:
             lines.append(f"{name} ({'new' if name in after else 'gone'})")
+        elif _json(before[name]) != _json(after[name]):
+            values = "" if name.startswith(CODE) else f" {before[name]} → {after[name]}"
+            lines.append(name + values)
     return lines
 
 
 def key(ingredients: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits, whatever the order of the ingredients."""
-    text = json.dumps(ingredients, sort_keys=True, ensure_ascii=False, default=str)
+    """16 hexadecimal digits; the order of the ingredients does not matter."""
+    return _digest(_json(ingredients))
+
+
+def weights(folder: Path) -> str:
+    """Digest of the names and bytes of all files in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not files:
+        raise ValueError(f"{folder} holds no files; expected a folder with a model's weights")
+    digests = {}
+    for path in files:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digests[path.relative_to(folder).as_posix()] = content
+    return key(digests)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@cache
-def weights(folder: Path) -> str:
-    """Digest of the names and bytes of a folder's files."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+def _file(root: Path, *names: str) -> str:
+    """The file of the first of these modules that exists."""
+    for name in names:
+        if name.split(".")[0] not in PACKAGES and name in sys.modules:  # a user's suite
+            return str(sys.modules[name].__file__)
+        stem = name.replace(".", "/")
+        for path in (f"{stem}/__init__.py", f"{stem}.py"):
+            if name.split(".")[0] in PACKAGES and (root / path).is_file():
+                return path
+    raise ValueError(
+        f"no module {names[-1]!r} under {root}; "
+        f"expected a dotted name in {', '.join(PACKAGES)}, such as 'vitask.train'"
+    )
+
+
+class _Module(NamedTuple):
+    digest: str
+    imports: set[tuple[str, ...]]  # the modules that each import may mean, likeliest first
+    attributes: set[str]
+
+
+def _read(root: Path, path: str) -> _Module:
+    return _module(path, (root / path).read_bytes())
 
 
 @cache
-def _read(root: Path, path: Path, modified: int) -> tuple[str, tuple[Path, ...], frozenset[str]]:
-    """Digest, imported files of the project, and all attributes that are read."""
-    tree = ast.parse(path.read_bytes())
-    tree = _Bare(recipes=path == root / RECIPES).visit(tree)
-    imported = tuple(dict.fromkeys(_imports(root, tree)))
-    attributes = frozenset(n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute))
-    digest = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
-    return digest, imported, attributes
+def _module(path: str, source: bytes) -> _Module:
+    reader = _Reader(path)
+    return _Module(_digest(reader.text(ast.parse(source, path))), reader.imports, reader.attributes)
 
 
-def _imports(root: Path, tree: ast.AST) -> Iterator[Path]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            submodules = [name for name in inner if _exists(root, name)]
-            names = submodules if len(submodules) == len(inner) else [node.module, *submodules]
-        else:
-            continue
-        yield from (_file(root, name) for name in names if name.split(".")[0] in PACKAGES)
+@cache
+def _properties(source: bytes) -> dict[str, set[str]]:
+    """Name -> the attributes that it reads."""
+    return {
+        node.name: {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef)
+        and [ast.unparse(one) for one in node.decorator_list] == ["property"]
+    }
 
 
-def _exists(root: Path, module: str) -> bool:
-    return module.split(".")[0] in PACKAGES and _file(root, module).is_file()
+def _silent(node: ast.expr) -> ast.expr:
+    """The empty string in the place of a text."""
+    constant = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return ast.Constant("") if constant or isinstance(node, ast.JoinedStr) else node
 
 
-def _file(root: Path, module: str) -> Path:
-    if module.split(".")[0] not in PACKAGES:  # a suite of a user's
-        return Path(str(sys.modules[module].__file__))
-    path = root.joinpath(*module.split("."))
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+class _Reader:
+    """Writes a syntax tree as text, without prose, types and recipes; consumes the tree.
+
+    `ast.dump` would do, but for fields without a value: Python's versions write different ones.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.untyped = not path.startswith("kernels/")
+        self.prose = PROSE if path.startswith("bench/") else {"help"}
+        self.imports: set[tuple[str, ...]] = set()
+        self.attributes: set[str] = set()
+
+    def text(self, node: Any, scope: ast.AST | None = None) -> str:
+        """scope: the class or function that the node is in; None for the module."""
+        if isinstance(node, list):
+            return ",".join(filter(None, [self.text(one, scope) for one in node]))
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        if isinstance(node, ast.If) and ast.unparse(node.test) in CHECKING:
+            return self.text(node.orelse, scope)
+        if self.untyped and isinstance(node, ast.AnnAssign) and not isinstance(scope, ast.ClassDef):
+            node = ast.Assign([node.target], node.value) if node.value else node
+        if self.strip(node, scope):
+            return ""
+        inner = node if isinstance(node, SCOPES) else scope
+        fields = ""
+        for name, value in ast.iter_fields(node):
+            if value is not None and name != "ctx":  # load or store: the place says it
+                text = self.text(value, inner)
+                fields += f"{name}=[{text}]" if text else ""
+        return f"{type(node).__name__}({fields})"
+
+    def strip(self, node: ast.AST, scope: ast.AST | None) -> bool:
+        """Takes out what decides no result; True: the whole node. Notes imports and attributes."""
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())):
+                return True
+            case ast.Attribute(ctx=ast.Load()):
+                self.attributes.add(node.attr)
+            case ast.Import():
+                self.imported((alias.name,) for alias in node.names)
+            case ast.ImportFrom(module=module):
+                if module is None or node.level:
+                    raise ValueError(f"{self.path}, line {node.lineno}: import by the full name")
+                self.imported((f"{module}.{alias.name}", module) for alias in node.names)
+                if module in TYPES:
+                    node.names = [alias for alias in node.names if alias.asname]
+                return not node.names
+            case ast.Raise(exc=ast.Call() as made):
+                made.args = [_silent(value) for value in made.args]
+                for given in made.keywords:
+                    given.value = _silent(given.value)
+            case ast.keyword() if node.arg in self.prose:
+                node.value = _silent(node.value)
+            case ast.Call(func=ast.Name(id="Method" | "Metric" | "Published")):
+                node.args[1:2] = map(_silent, node.args[1:2])
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                # Triton, custom operators and some decorators read annotations as the code runs.
+                if self.untyped and not node.decorator_list:
+                    node.returns = None
+                    for argument in ast.walk(node.args):
+                        if isinstance(argument, ast.arg):
+                            argument.annotation = None
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                if name in self.prose and node.value and not isinstance(scope, FUNCTIONS):
+                    node.value = _silent(node.value)
+                return self.path == RECIPES and _is_recipe(node, name, scope)
+        return False
+
+    def imported(self, modules: Iterable[tuple[str, ...]]) -> None:
+        self.imports |= {names for names in modules if names[-1].split(".")[0] in PACKAGES}
 
 
-class _Bare(ast.NodeTransformer):
-    """Takes prose, types and recipes' values out of a syntax tree."""
-
-    def __init__(self, *, recipes: bool) -> None:
-        self._recipes = recipes
-
-    def visit_If(self, node: ast.If) -> Any:
-        if ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            return [self.visit(one) for one in node.orelse]
-        return self.generic_visit(node)
-
-    def visit_Expr(self, node: ast.Expr) -> Any:
-        """Docstrings, wherever they are."""
-        bare = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return None if bare else self.generic_visit(node)
-
-    def visit_Raise(self, node: ast.Raise) -> Any:
-        return _Silent().visit(node)
-
-    def visit_arg(self, node: ast.arg) -> Any:
-        node.annotation = None
-        return node
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
-        node.returns = None
-        self.generic_visit(node)
-        node.body = node.body or [ast.Pass()]
-        return node
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> Any:
-        self.generic_visit(node)
-        node.body = node.body or [ast.Pass()]
-        return node
-
-    def visit_Assign(self, node: ast.Assign) -> Any:
-        names = {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-        return None if self._left_out(names, node.value) else self.generic_visit(node)
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
-        names = {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
-        if node.value is not None and self._left_out(names, node.value):
-            return None
-        return self.generic_visit(node)
-
-    def _left_out(self, names: set[str], value: ast.expr) -> bool:
-        made = {n.func.id for n in ast.walk(value)
-                if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}  # fmt: skip
-        recipe = self._recipes and all(n.isupper() for n in names) and made & {"Recipe", "replace"}
-        return bool(recipe) or bool(names & PROSE)
-
-    def visit_Call(self, node: ast.Call) -> Any:
-        self.generic_visit(node)
-        name = node.func.id if isinstance(node.func, ast.Name) else ""
-        if name in SHOWN:
-            node.args = node.args[:1] + [a for a in node.args[2:] if name == "Method"]
-        node.keywords = [k for k in node.keywords if k.arg not in PROSE]
-        return node
-
-
-class _Silent(ast.NodeTransformer):
-    """Takes the texts out of a raise statement: its message says nothing about results."""
-
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> Any:
-        return ast.Constant("")
-
-    def visit_Constant(self, node: ast.Constant) -> Any:
-        return ast.Constant("") if isinstance(node.value, str) else node
+def _is_recipe(node: ast.AST, name: str, scope: ast.AST | None) -> bool:
+    """Whether an assignment in vitask/recipes.py makes recipes or is a field of `Recipe`."""
+    if scope is None:
+        calls = {ast.unparse(one.func) for one in ast.walk(node) if isinstance(one, ast.Call)}
+        return name == "RECIPES" or (name.isupper() and bool(calls & {"Recipe", "replace"}))
+    in_class = isinstance(scope, ast.ClassDef) and scope.name == "Recipe"
+    return in_class and isinstance(node, ast.AnnAssign)

@@ -35,7 +35,7 @@ class Exemplars(Suite):
         "vitask_fig2_exemplars.csv",
         "Bai et al. 2024, section 3 and figure 2: InternVL2-2B on HAM10000 at 224 pixels.",
     )
-    charts = (Chart("exemplars.svg", "bars", "Macro-F1"),)
+    charts = (Chart("exemplars.svg", "bars", title="Macro-F1"),)
 
     def trained_on(self, study: Names, whole: Names) -> Names:
         """HAM10000 as in the paper where the study has it, else DermaMNIST, else the first."""

@@ -57,7 +57,7 @@ class Instructions(Suite):
         "Bai et al. 2024, figure 4: InternVL2-2B on DermaMNIST at 224 pixels; incomplete = class "
         "list removed in training and testing.",
     )
-    charts = (Chart("instructions.svg", "bars", "Macro-F1"),)
+    charts = (Chart("instructions.svg", "bars", title="Macro-F1"),)
 
     def trained_on(self, study: Names, whole: Names) -> Names:
         """All datasets of the recipe, not the study's few."""

@@ -43,7 +43,9 @@ class Ranking(Suite):
         Metric("positive", "Mean token probability of the true response, right image"),
         Metric("negative", "The same, image of another class", lower_is_better=True),
     )
-    charts = (Chart("ranking.svg", "densities", "Mean token probability of the true response"),)
+    charts = (
+        Chart("ranking.svg", "densities", title="Mean token probability of the true response"),
+    )
 
     def models(self, recipe: Recipe) -> dict[str, Training]:
         plain = vanilla(recipe)
