@@ -44,11 +44,18 @@ MACHINE_SUITES = {  # name -> what it measures; the modules are bench/machine/<n
 
 @dataclass(frozen=True)
 class Method:
-    """A row of a suite's table. `against`: the method that it is compared with."""
+    """A row of a suite's table.
+
+    against:  the method that it is compared with
+    model:    the name, in `Suite.models`, of the model that answers; "" for a suite's own way
+    exemplar: it answers with the exemplar
+    """
 
     name: str
     text: str
     against: str | None = None
+    model: str = ""
+    exemplar: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ class Chart:
 class Training:
     """A model that a suite trains. Models are shared by what made them, not by name.
 
+    tsm:      the name, in `Suite.models`, of the TSM that a VLM is tuned with
     share:    of the training images, 1 for all
     exemplar: "constant" gives every image the same feature in the place of the TSM's
     """
@@ -122,6 +130,7 @@ class Training:
     name: str
     recipe: Recipe
     kind: Literal["tsm", "vlm"] = "vlm"
+    tsm: str = "tsm"
     share: float = 1.0
     exemplar: Literal["tsm", "constant"] = "tsm"
 
@@ -158,14 +167,15 @@ class Suite:
     study: bool = True  # at the size of the recipe's study, not of the recipe itself
     libraries: Names = ()  # what it alone computes with: their versions enter keys and records
     scorings: float = 1.0  # passes over the test images that one method takes
+    writes: bool = True  # answers are generated too, beside constrained scoring
 
     def models(self, recipe: Recipe) -> dict[str, Training]:
         """What is trained, by a name of the suite's choice."""
         return tsm_vanilla_vitask(recipe)
 
     def run(self, work: "Work", wanted: Collection[str]) -> Iterator[Outcome]:
-        """Every wanted method as soon as it is scored."""
-        raise NotImplementedError
+        """Every wanted method as soon as it is scored; by default each by its model."""
+        return work.by_model(self, wanted)
 
     def lacking(self, plan: "Plan") -> str | None:
         """What the suite needs and this machine or plan lacks; None if it can run."""
@@ -231,18 +241,12 @@ class Suite:
         return other
 
 
-KINDS = {  # what the four methods of most suites are
-    "tsm": "the task-specific model",
-    "vanilla": "the VLM tuned by instructions alone (Van)",
-    "vitask_without_ep": "VITask without the exemplar",
-    "vitask_with_ep": "VITask with the exemplar",
-}
-BOTH_WAYS = ("vitask_without_ep", "vitask_with_ep")
-
-
-def four_methods(against: str | None = "vanilla") -> tuple[Method, ...]:
-    """The four methods of most suites; all but the reference are compared with it."""
-    return tuple(Method(n, text, None if n == against else against) for n, text in KINDS.items())
+FOUR = (  # the methods of most suites
+    Method("tsm", "the task-specific model", "vanilla", model="tsm"),
+    Method("vanilla", "the VLM tuned by instructions alone (Van)", model="vanilla"),
+    Method("vitask_without_ep", "VITask without the exemplar", "vanilla", model="vitask"),
+    Method("vitask_with_ep", "VITask with the exemplar", "vanilla", model="vitask", exemplar=True),
+)
 
 
 def pick(*names: str) -> tuple[Metric, ...]:

@@ -17,9 +17,10 @@ import torch
 from bench.runs.ingredients import ids_of, model_ingredients
 from bench.runs.keys import key
 from bench.runs.models import kept
-from bench.suite import Outcome, Training
+from bench.suite import Outcome, Suite, Training
 from vitask.checkpoint import Task, VITask
 from vitask.data.spec import SPLITS, Dataset
+from vitask.data.subset import subset
 from vitask.exemplar import feature_kind
 from vitask.features import Features
 from vitask.recipes import Recipe, vanilla
@@ -257,24 +258,29 @@ class Work:
         """Constrained scores and generated answers for every test image of every dataset."""
         return self._predictions(model, (exemplar,), write)[0]
 
-    def both_ways(
-        self,
-        tuned: Tuned,
-        methods: tuple[str, str],
-        wanted: Collection[str],
-        *,
-        write: bool = True,
-    ) -> Iterator[Outcome]:
-        """The wanted ones of two methods: one model without and with its exemplar.
+    def by_model(self, suite: Suite, wanted: Collection[str]) -> Iterator[Outcome]:
+        """The wanted methods that a model of the suite answers, model by model.
 
-        One pass scores both, even where one is wanted: a run that continues gives the same bits.
+        A model that answers without and with its exemplar does both in one pass, even where one
+        is wanted: a run that continues gives the same bits.
         """
-        if not {*methods} & {*wanted}:
-            return
-        found = self._predictions(tuned.model, (None, tuned.exemplar), write)
-        for method, predictions in zip(methods, found, strict=True):
-            if method in wanted:
-                yield self.outcome(method, predictions, tuned.note)
+        models = suite.models(self.recipe)
+        for name, training in models.items():
+            methods = {m.exemplar: m.name for m in suite.methods if m.model == name}
+            if not set(methods.values()) & set(wanted):
+                continue
+            datasets = fraction(self.datasets, training.share)
+            if training.kind == "tsm":
+                tsm = self.tsm(training, datasets)
+                yield self.outcome(methods[False], self.classify(tsm.model), tsm.note)
+                continue
+            teacher = self.tsm(models[training.tsm], datasets) if training.recipe.exemplar else None
+            tuned = self.tuned(training, teacher, datasets)
+            ways = [tuned.exemplar if exemplar else None for exemplar in sorted(methods)]
+            found = self._predictions(tuned.model, ways, suite.writes)
+            for exemplar, predictions in zip(sorted(methods), found, strict=True):
+                if methods[exemplar] in wanted:
+                    yield self.outcome(methods[exemplar], predictions, tuned.note)
 
     def _predictions(
         self, model: VITask, ways: Sequence[Features | None], write: bool
@@ -344,6 +350,17 @@ def rounded(prediction: Prediction) -> Prediction:
         prediction.dataset, prediction.kind, log_p.astype(np.float32).astype(np.float64),
         prediction.generated,
     )  # fmt: skip
+
+
+def fraction(datasets: dict[str, Dataset], share: float) -> dict[str, Dataset]:
+    """A share of the training images, at least as many as there are classes; 1 for all."""
+    if share == 1:
+        return datasets
+    found = {}
+    for name, dataset in datasets.items():
+        images = round(len(dataset.splits["train"]) * share * 1e6) // 10**6
+        found[name] = subset(dataset, train=max(images, len(dataset.spec.classes)))
+    return found
 
 
 def images_of(datasets: Mapping[str, Dataset], splits: Sequence[str] = ("train",)) -> int:

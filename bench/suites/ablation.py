@@ -4,21 +4,10 @@ Each loss alone is compared with none. Both losses together are compared with RD
 differs in CRT and nothing else: the test is about what the second loss adds.
 """
 
-from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from bench.runs.work import Work
-from bench.suite import Method, Outcome, Published, Suite, Training
+from bench.suite import Method, Published, Suite, Training
 from vitask.recipes import Recipe, vanilla
-
-ANSWERS = {  # model -> the methods it answers as: without, with the exemplar
-    "vanilla": ("vanilla", ""),
-    "crt": ("crt", ""),
-    "ep": ("", "vanilla_with_ep"),
-    "rda": ("rda", "rda_with_ep"),
-    "ep_crt": ("", "crt_with_ep"),
-    "vitask": ("rda_crt", "rda_crt_with_ep"),
-}
 
 
 def ablated(recipe: Recipe) -> dict[str, Training]:
@@ -39,17 +28,18 @@ def ablated(recipe: Recipe) -> dict[str, Training]:
 class Ablation(Suite):
     name = "ablation"
     methods = (
-        Method("vanilla", "Van alone, no exemplar in training"),
-        Method("rda", "Van + EP + RDA, without the exemplar", "vanilla"),
-        Method("crt", "Van + CRT, no exemplar in training", "vanilla"),
-        Method("rda_crt", "all losses, without the exemplar: VITask; CRT added to `rda`", "rda"),
-        Method("vanilla_with_ep", "Van + EP, with the exemplar", "vanilla"),
-        Method("rda_with_ep", "Van + EP + RDA, with the exemplar", "vanilla_with_ep"),
-        Method("crt_with_ep", "Van + EP + CRT, with the exemplar", "vanilla_with_ep"),
-        Method(
-            "rda_crt_with_ep",
-            "all losses, with the exemplar: VITask; CRT added to `rda_with_ep`",
-            "rda_with_ep",
+        Method("vanilla", "Van alone, no exemplar in training", model="vanilla"),
+        Method("rda", "Van + EP + RDA, without the exemplar", "vanilla", "rda"),
+        Method("crt", "Van + CRT, no exemplar in training", "vanilla", "crt"),
+        Method("rda_crt", "all losses, without the exemplar: VITask", "rda", "vitask"),
+        Method("vanilla_with_ep", "Van + EP, with the exemplar", "vanilla", "ep", exemplar=True),
+        *(
+            Method(f"{name}_with_ep", f"{text}, with the exemplar", against, model, exemplar=True)
+            for name, text, against, model in (
+                ("rda", "Van + EP + RDA", "vanilla_with_ep", "rda"),
+                ("crt", "Van + EP + CRT", "vanilla_with_ep", "ep_crt"),
+                ("rda_crt", "all losses: VITask", "rda_with_ep", "vitask"),
+            )
         ),
     )
     published = Published(
@@ -60,13 +50,6 @@ class Ablation(Suite):
 
     def models(self, recipe: Recipe) -> dict[str, Training]:
         return {"tsm": Training("tsm", recipe, kind="tsm"), **ablated(recipe)}
-
-    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
-        models = self.models(work.recipe)
-        tsm = work.tsm(models["tsm"])
-        for name, methods in ANSWERS.items():
-            if {*methods} & set(wanted):
-                yield from work.both_ways(work.tuned(models[name], tsm), methods, wanted)
 
 
 SUITE = Ablation()

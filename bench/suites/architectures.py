@@ -7,11 +7,9 @@ Answers without it, and the task-specific models alone, are compared with the CN
 whether another teacher is a better one.
 """
 
-from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from bench.runs.work import Work
-from bench.suite import Method, Outcome, Suite, Training
+from bench.suite import Method, Suite, Training
 from vitask.recipes import Recipe
 
 LARGE = 224  # pixels of the task-specific model's input from which models of usual size are used
@@ -45,6 +43,8 @@ class Architectures(Suite):
             f"{tsm}_{use}",
             f"{what} ({small}; at {LARGE} pixels {large}), {how}",
             against=_against(tsm, use),
+            model=f"{tsm}_tsm" if use == "tsm" else tsm,
+            exemplar=use == "with_ep",
         )
         for tsm, (what, small, large) in TSMS.items()
         for use, how in USES.items()
@@ -57,20 +57,8 @@ class Architectures(Suite):
             changed = replace(recipe, tsm=timm_name)
             end = "" if changed == recipe else f"-{name}"
             found[f"{name}_tsm"] = Training(f"tsm{end}", changed, kind="tsm")
-            found[name] = Training(f"vitask{end}", changed)
+            found[name] = Training(f"vitask{end}", changed, tsm=f"{name}_tsm")
         return found
-
-    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
-        models = self.models(work.recipe)
-        for name in TSMS:
-            alone, pair = f"{name}_tsm", (f"{name}_without_ep", f"{name}_with_ep")
-            if not {alone, *pair} & set(wanted):
-                continue
-            tsm = work.tsm(models[alone])
-            if alone in wanted:
-                yield work.outcome(alone, work.classify(tsm.model), tsm.note)
-            if {*pair} & set(wanted):
-                yield from work.both_ways(work.tuned(models[name], tsm), pair, wanted)
 
 
 SUITE = Architectures()

@@ -25,7 +25,6 @@ from vitask.tsm import TSM
 from vitask.validation import decide, macro_f1
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of contrastive decoding; weights of the ensemble
-ALONE = ("vanilla", "vanilla_longer", "connector", "crt")
 Scores = Callable[[str, str], dict[float, np.ndarray]]
 # (dataset, split) -> strength -> log-probabilities (images, candidates)
 
@@ -33,32 +32,21 @@ Scores = Callable[[str, str], dict[float, np.ndarray]]
 class Baselines(Suite):
     name = "baselines"
     methods = (
-        Method("vanilla", "Van alone"),
+        Method("vanilla", "Van alone", model="vanilla"),
+        Method("vanilla_longer", "Van alone, for VITask's number of forwards", "vanilla", "longer"),
+        Method("connector", "Van, the VLM's own connector trained too", "vanilla", "connector"),
+        Method("vanilla_with_ep", "Van + EP, with the exemplar", "vanilla", "ep", exemplar=True),
         Method(
-            "vanilla_longer", "Van alone, as many epochs as VITask computes forwards", "vanilla"
+            "prefix", "Van and a learned token, the same for every image, in the exemplar's place",
+            "vanilla_with_ep", "prefix", exemplar=True,
         ),
-        Method("connector", "Van, the VLM's own connector trained too", "vanilla"),
-        Method("vanilla_with_ep", "Van + EP, with the exemplar", "vanilla"),
-        Method(
-            "prefix",
-            "Van and a learned token, the same for every image, in the exemplar's place",
-            "vanilla_with_ep",
-        ),
-        Method("crt", "Van + CRT, no exemplar in training", "vanilla"),
-        Method(
-            "contrastive_decoding",
-            "vanilla minus its scores for the mean image, instead of CRT",
-            "crt",
-        ),
-        Method("tsm", "the task-specific model", "vanilla"),
-        Method(
-            "ensemble",
-            "vanilla and the task-specific model, log-probabilities averaged",
-            "vanilla",
-        ),
-        Method("vitask_without_ep", "VITask without the exemplar", "vanilla_longer"),
-        Method("vitask_with_ep", "VITask with the exemplar", "ensemble"),
-    )
+        Method("crt", "Van + CRT, no exemplar in training", "vanilla", "crt"),
+        Method("contrastive_decoding", "vanilla minus its scores for the mean image", "crt"),
+        Method("tsm", "the task-specific model", "vanilla", "tsm"),
+        Method("ensemble", "log-probabilities of vanilla and the TSM averaged", "vanilla"),
+        Method("vitask_without_ep", "VITask without the exemplar", "vanilla_longer", "vitask"),
+        Method("vitask_with_ep", "VITask with the exemplar", "ensemble", "vitask", exemplar=True),
+    )  # fmt: skip
 
     def models(self, recipe: Recipe) -> dict[str, Training]:
         models = ablated(recipe)
@@ -71,7 +59,7 @@ class Baselines(Suite):
         return {
             "tsm": Training("tsm", recipe, kind="tsm"),
             "vanilla": models["vanilla"],
-            "vanilla_longer": Training("vanilla_longer", longer),
+            "longer": Training("vanilla_longer", longer),
             "connector": Training("connector", replace(plain, trained="connector", step="three")),
             "crt": models["crt"],
             "ep": ep,
@@ -80,31 +68,17 @@ class Baselines(Suite):
         }
 
     def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
+        yield from work.by_model(self, wanted)
+        if not {"contrastive_decoding", "ensemble"} & set(wanted):
+            return
         models = self.models(work.recipe)
-        tsm = work.tsm(models["tsm"])
-        for name in ALONE:
-            if name in wanted:
-                tuned = work.tuned(models[name])
-                yield work.outcome(name, work.predict(tuned.model), tuned.note)
-        if "vanilla_with_ep" in wanted:
-            tuned = work.tuned(models["ep"], tsm)
-            yield from work.both_ways(tuned, ("", "vanilla_with_ep"), wanted)
-        if "prefix" in wanted:
-            tuned = work.tuned(models["prefix"], tsm)
-            yield work.outcome("prefix", work.predict(tuned.model, tuned.exemplar), tuned.note)
-        if "tsm" in wanted:
-            yield work.outcome("tsm", work.classify(tsm.model), tsm.note)
-        if {"contrastive_decoding", "ensemble"} & set(wanted):
-            vanilla = work.tuned(models["vanilla"])
+        vanilla, tsm = work.tuned(models["vanilla"]), work.tsm(models["tsm"])
         if "contrastive_decoding" in wanted:
             scores = _contrastive(work, vanilla)
             yield _chosen(work, "contrastive_decoding", vanilla, scores, "strength")
         if "ensemble" in wanted:
             scores = _ensemble(work, vanilla, tsm.model)
             yield _chosen(work, "ensemble", vanilla, scores, "weight")
-        pair = ("vitask_without_ep", "vitask_with_ep")
-        if {*pair} & set(wanted):
-            yield from work.both_ways(work.tuned(models["vitask"], tsm), pair, wanted)
 
 
 def _contrastive(work: Work, vanilla: Tuned) -> Scores:

@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.runs.work import Work, rounded
 from bench.stats.resampling import interval
-from bench.suite import KINDS, Method, Outcome, Suite, four_methods, pick
+from bench.suite import FOUR, Method, Outcome, Suite, pick
 from vitask.calibration import at_temperature, candidate_of, confidence, fit_temperature
 from vitask.data.spec import Dataset
 from vitask.score import Prediction
@@ -35,17 +35,17 @@ Scores = dict[str, "Prediction"]  # dataset -> prediction of one split
 class Calibration(Suite):
     name = "calibration"
     methods = (
-        *four_methods(against=None),
+        *(replace(one, against=None) for one in FOUR),
         *(
-            Method(f"{kind}{SCALED}", f"{text}, temperature scaled", against=kind)
-            for kind, text in KINDS.items()
+            Method(f"{one.name}{SCALED}", f"{one.text}, temperature scaled", against=one.name)
+            for one in FOUR
         ),
     )
     metrics = pick("ece", "macro_f1", "accuracy")
 
     def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
         models = self.models(work.recipe)
-        for kind in KINDS:
+        for kind in (one.name for one in FOUR):
             if not {kind, f"{kind}{SCALED}"} & set(wanted):
                 continue
             name = kind.partition("_")[0]
@@ -67,7 +67,7 @@ class Calibration(Suite):
         head = [f"{coverage:.0%} of validation" for coverage in COVERAGES]
         lines = ["| method | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
         plain = {(r.method, r.seed): r for r in records}
-        for kind in KINDS:
+        for kind in (one.name for one in FOUR):
             curves, drawn = [], []
             for record in (r for r in records if r.method == f"{kind}{SCALED}"):
                 for name, curve in record.extras["abstention"].items():

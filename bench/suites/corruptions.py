@@ -18,7 +18,7 @@ import numpy as np
 from bench.runs.work import TrainedTSM, Tuned, Work, classified
 from bench.stats.metrics import measure, scored
 from bench.stats.resampling import interval
-from bench.suite import Metric, Outcome, Suite, four_methods, pick
+from bench.suite import FOUR, Metric, Outcome, Suite, pick
 from vitask.data import corruption as medmnist_c
 from vitask.data.spec import Dataset, Split
 from vitask.data.subset import subset
@@ -47,7 +47,7 @@ def base_of(dataset: str) -> str:
 
 class Corruptions(Suite):
     name = "corruptions"
-    methods = four_methods()
+    methods = FOUR
     metrics = (
         *pick("macro_f1", "balanced_accuracy"),
         *(Metric(name, f"{title} (lower is better)", lower_is_better=True) for name, title in LOST),

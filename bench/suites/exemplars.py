@@ -7,29 +7,33 @@ pixels, so that it has several patch tokens: at 32 pixels a CNN of stride 32 has
 its pooled feature.
 """
 
-from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from bench.runs.work import Work
-from bench.suite import Chart, Method, Outcome, Published, Suite, Training
+from bench.suite import Chart, Method, Published, Suite, Training
 from vitask.recipes import Recipe, vanilla
 
 Names = tuple[str, ...]
 TSM_SIDE = 128  # pixels
-WITH_EXEMPLAR = ("ep_cls", "ep_all", "ep_rep")
 
 
 class Exemplars(Suite):
     name = "exemplars"
     methods = (
-        Method("tsm", "the task-specific model", "vlm"),
-        Method("vlm", "the VLM tuned by instructions alone (Van)"),
-        Method("vlm_vision", "the same, vision encoder and connector trained too (VLM*)", "vlm"),
-        Method("ep_cls", "EP with one token, with the exemplar", "vlm"),
-        Method("ep_all", "EP with every patch token, with the exemplar", "vlm"),
-        Method("ep_rep", "patch tokens in place of the VLM's image tokens", "vlm"),
-        Method("rda", "EP with one token and RDA, without the exemplar", "vlm"),
-        Method("rda_star", "the same without detaching the teacher (RDA*)", "vlm"),
+        Method("tsm", "the task-specific model", "vlm", "tsm"),
+        Method("vlm", "the VLM tuned by instructions alone (Van)", model="vlm"),
+        Method(
+            "vlm_vision", "the same, vision encoder and connector too (VLM*)", "vlm", "vlm_vision"
+        ),
+        *(
+            Method(name, text, "vlm", name, exemplar=True)
+            for name, text in (
+                ("ep_cls", "EP with one token, with the exemplar"),
+                ("ep_all", "EP with every patch token, with the exemplar"),
+                ("ep_rep", "patch tokens in place of the VLM's image tokens"),
+            )
+        ),
+        Method("rda", "EP with one token and RDA, without the exemplar", "vlm", "rda"),
+        Method("rda_star", "the same without detaching the teacher (RDA*)", "vlm", "rda_star"),
     )
     published = Published(
         "vitask_fig2_exemplars.csv",
@@ -59,17 +63,6 @@ class Exemplars(Suite):
             "rda": Training("rda", rda),
             "rda_star": Training("rda_star", replace(rda, detach_exemplar=False)),
         }
-
-    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
-        models = self.models(work.recipe)
-        tsm = work.tsm(models.pop("tsm"))
-        if "tsm" in wanted:
-            yield work.outcome("tsm", work.classify(tsm.model), tsm.note)
-        for method, training in models.items():
-            if method in wanted:
-                tuned = work.tuned(training, tsm)
-                exemplar = tuned.exemplar if method in WITH_EXEMPLAR else None
-                yield work.outcome(method, work.predict(tuned.model, exemplar), tuned.note)
 
 
 SUITE = Exemplars()

@@ -15,14 +15,13 @@ from bench.runs.work import Work
 from bench.stats.items import Items, Values
 from bench.stats.metrics import binary_auc
 from bench.suite import (
-    BOTH_WAYS,
+    FOUR,
     Method,
     Metric,
     Outcome,
     Published,
     Suite,
     Training,
-    four_methods,
     pick,
 )
 from vitask.checkpoint import VITask
@@ -42,7 +41,7 @@ REFERABLE = 2  # grade from which a patient is referred
 class External(Suite):
     name = "external"
     methods = (
-        *four_methods(),
+        *FOUR,
         Method("vitask_plug", "VITask with a TSM of the external set plugged in", "vanilla"),
     )
     metrics = (
@@ -81,21 +80,11 @@ class External(Suite):
         return {"referable_auc": binary_auc(values["probability"], truth, weights.T)}
 
     def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
-        models = self.models(work.recipe)
-        tsm = work.tsm(models["tsm"])
-        if "tsm" in wanted:
-            outcome = work.outcome("tsm", work.classify(tsm.model), tsm.note)
-            yield _with_referable(work, outcome)
-        if "vanilla" in wanted:
-            vanilla = work.tuned(models["vanilla"])
-            outcome = work.outcome("vanilla", work.predict(vanilla.model), vanilla.note)
-            yield _with_referable(work, outcome)
-        if not {"vitask_plug", *BOTH_WAYS} & set(wanted):
-            return
-        vitask = work.tuned(models["vitask"], tsm)
-        for outcome in work.both_ways(vitask, BOTH_WAYS, wanted):
+        for outcome in work.by_model(self, wanted):
             yield _with_referable(work, outcome)
         if "vitask_plug" in wanted:
+            models = self.models(work.recipe)
+            vitask = work.tuned(models["vitask"], work.tsm(models["tsm"]))
             predictions, logs = _plugged(work, vitask.model, models["tsm"])
             outcome = work.outcome("vitask_plug", predictions, vitask.note)
             extras = outcome.extras | {"training of the plugged TSM": logs}

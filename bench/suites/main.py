@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from bench.runs.work import Work
-from bench.suite import BOTH_WAYS, Method, Outcome, Published, Suite, four_methods
+from bench.suite import FOUR, Method, Outcome, Published, Suite
 from vitask.baselines import linear_probe, majority
 from vitask.features import Features
 
@@ -20,7 +20,7 @@ class Main(Suite):
         Method("majority", "the training split's class frequencies for every image", "vanilla"),
         Method("linear_probe", "logistic regression on the VLM's vision features", "vanilla"),
         Method("untuned", "the VLM before tuning", "vanilla"),
-        *four_methods(),
+        *FOUR,
     )
     published = Published(
         "vitask_table1.csv",
@@ -33,7 +33,6 @@ class Main(Suite):
     )
 
     def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
-        models = self.models(work.recipe)
         self_check = work.self_check  # first: it stops a run whose images do not reach the scores
         if "majority" in wanted:
             yield work.outcome("majority", majority(work.datasets))
@@ -44,15 +43,7 @@ class Main(Suite):
         if "untuned" in wanted:
             outcome = work.outcome("untuned", work.predict(work.untuned))
             yield replace(outcome, extras={"self_check": self_check})
-        if {"tsm", *BOTH_WAYS} & set(wanted):
-            tsm = work.tsm(models["tsm"])
-        if "tsm" in wanted:
-            yield work.outcome("tsm", work.classify(tsm.model), tsm.note)
-        if "vanilla" in wanted:
-            vanilla = work.tuned(models["vanilla"])
-            yield work.outcome("vanilla", work.predict(vanilla.model), vanilla.note)
-        if {*BOTH_WAYS} & set(wanted):
-            yield from work.both_ways(work.tuned(models["vitask"], tsm), BOTH_WAYS, wanted)
+        yield from work.by_model(self, wanted)
 
 
 SUITE = Main()

@@ -3,11 +3,9 @@
 Every setting answers without and with the exemplar, and is compared with the default's answers.
 """
 
-from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from bench.runs.work import Work
-from bench.suite import Method, Outcome, Suite, Training
+from bench.suite import Method, Suite, Training
 from vitask.recipes import Recipe
 
 WEIGHTS = (0.3, 1.0, 3.0)  # factors of the recipe's alpha and beta, about 3 apart
@@ -25,9 +23,14 @@ SETTINGS = {
 
 class Sensitivity(Suite):
     name = "sensitivity"
+    writes = False
     methods = tuple(
         Method(
-            f"{name}{end}", f"{text}{how}", against=None if name == "default" else f"default{end}"
+            f"{name}{end}",
+            f"{text}{how}",
+            against=None if name == "default" else f"default{end}",
+            model=name,
+            exemplar=bool(end),
         )
         for end, how in (("", ""), (WITH, ", with the exemplar"))
         for name, text in SETTINGS.items()
@@ -49,15 +52,6 @@ class Sensitivity(Suite):
         for name, changed in recipes.items():
             models[name] = Training("vitask" if name == "default" else f"vitask-{name}", changed)
         return models
-
-    def run(self, work: Work, wanted: Collection[str]) -> Iterator[Outcome]:
-        models = self.models(work.recipe)
-        tsm = work.tsm(models["tsm"])
-        for name in SETTINGS:
-            pair = (name, f"{name}{WITH}")
-            if {*pair} & set(wanted):
-                vitask = work.tuned(models[name], tsm)
-                yield from work.both_ways(vitask, pair, wanted, write=False)
 
 
 SUITE = Sensitivity()
