@@ -1,4 +1,4 @@
-"""What costs nothing and must be beaten: the most frequent class, and a linear probe."""
+"""Simpler ideas: class frequencies, a linear probe, contrastive decoding, an ensemble."""
 
 from collections.abc import Mapping
 
@@ -7,12 +7,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from vitask.checkpoint import VITask
 from vitask.data.spec import Dataset
 from vitask.features import Features
 from vitask.score import Prediction
+from vitask.tsm import TSM
 from vitask.validation import decide, macro_f1
 
+Scores = dict[float, np.ndarray]  # strength -> log-probabilities (images, candidates)
+
 INVERSE_REGULARISATION = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C, chosen on the val part
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of contrastive decoding; weights of the ensemble
 SMALLEST = 1e-6  # probability given to a class that the training part lacks
 
 
@@ -95,3 +100,24 @@ def _log_probability(fits: list[Pipeline | float], dataset: Dataset, x: np.ndarr
     seen = np.full((len(x), classes), SMALLEST)
     seen[:, fit.classes_] = fit.predict_proba(x)
     return np.log(seen.clip(SMALLEST) / seen.sum(axis=1, keepdims=True))
+
+
+def contrastive(model: VITask, name: str, dataset: Dataset, image: Features, split: str) -> Scores:
+    """Contrastive decoding: log p(y | v) - strength log p(y | the mean training image)."""
+    own = model.score(name, image(name, split))
+    blank = model.score(name, image(name, "train").mean(0, keepdim=True))
+    return {strength: own - strength * blank for strength in STRENGTHS}
+
+
+def ensemble(
+    tsm: TSM, model: VITask, name: str, dataset: Dataset, image: Features, split: str
+) -> Scores:
+    """(1 - weight) of a VLM's class log-probabilities and weight of a TSM's."""
+    own = model.score(name, image(name, split))
+    own = own - np.logaddexp.reduce(own, axis=1, keepdims=True)
+    other = tsm.log_probabilities(dataset.splits[split].images, dataset.spec)
+    if dataset.spec.multi_label:  # of each candidate set of labels, labels independent
+        members = model.tasks[name].candidates.members
+        absent = np.log1p(-np.minimum(np.exp(other), 1 - 1e-12))
+        other = other @ members.T + absent @ (~members).T
+    return {weight: (1 - weight) * own + weight * other for weight in STRENGTHS}

@@ -1,4 +1,4 @@
-"""Temperature scaling on validation data, and the confidence of an answer."""
+"""Temperature scaling and abstention, both set on validation data."""
 
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vitask.score import Prediction
 
 LOG_TEMPERATURES = (-3.0, 3.0)
+COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the validation split that are answered
 
 
 def at_temperature(prediction: "Prediction", temperature: float) -> np.ndarray:
@@ -56,3 +57,25 @@ def confidence(prediction: "Prediction") -> np.ndarray:
         absent = np.log1p(-np.exp(np.minimum(log_p, -1e-12)))
         return np.maximum(log_p, absent).sum(1)
     return log_p.max(1) - np.logaddexp.reduce(log_p, axis=1)
+
+
+def abstention(
+    val: "Prediction", test: "Prediction", dataset: Dataset, members: np.ndarray
+) -> list[list[float]]:
+    """[share of val answered, share of test answered, accuracy on these] for each coverage."""
+    of_val, of_test = confidence(val), confidence(test)
+    right = _right(test, dataset.splits["test"].labels, members)
+    found = []
+    for coverage in COVERAGES:
+        threshold = np.quantile(of_val, 1 - coverage) if coverage < 1 else -np.inf
+        answered = of_test >= threshold
+        accuracy = float(right[answered].mean()) if answered.any() else 0.0
+        found.append([coverage, round(float(answered.mean()), 6), round(accuracy, 6)])
+    return found
+
+
+def _right(prediction: "Prediction", labels: np.ndarray, members: np.ndarray) -> np.ndarray:
+    log_p = prediction.log_probability
+    if prediction.kind == "labels":
+        return ((log_p > np.log(0.5)) == (labels == 1)).all(1)
+    return log_p.argmax(1) == candidate_of(labels, members)

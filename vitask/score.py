@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitask.branches import prompt_embeddings
+from vitask.branches import prompt_embeddings, response_hidden
 from vitask.tree import ROOT, Layout, Segment
 from vitask.vlm import VLM, Prompt
 
@@ -195,3 +195,24 @@ def generate(
         )
         answers += [vlm.decode(row) for row in ids.tolist()]
     return answers
+
+
+@torch.inference_mode()
+def mean_token_probability(
+    vlm: VLM,
+    prompt: Prompt,
+    image: Float[Tensor, "images tokens hidden"],
+    responses: Sequence[tuple[int, ...]],
+    batch_size: int = 64,
+) -> np.ndarray:
+    """float64 (images,): mean probability of a response's tokens, each given those before it."""
+    found = []
+    for start in range(0, len(responses), batch_size):
+        batch = responses[start : start + batch_size]
+        hidden, labels, owner = response_hidden(
+            vlm, [prompt] * len(batch), image[start : start + batch_size], batch
+        )
+        p = vlm.logits(hidden).softmax(-1).gather(1, labels[:, None])[:, 0]
+        total = torch.zeros(len(batch), device=p.device).index_add_(0, owner, p)
+        found.append(total / torch.bincount(owner))
+    return torch.cat(found).double().cpu().numpy()

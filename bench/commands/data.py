@@ -1,6 +1,5 @@
 """python -m bench data download | check."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -50,10 +49,11 @@ def check(
     """Check files; report duplicates over splits and conflicting labels; exit 1 on bad files."""
     from vitask.data import SOURCES, load, spec
     from vitask.data.check import duplicates
+    from vitask.data.loading import present
 
     check_known("data source", data, SOURCES)
     roots = data_folders(data_root)
-    names = split_names(datasets) or _present(data, roots, size)
+    names = split_names(datasets) or present(data, roots, size)
     must_resolve(
         lambda: [spec(name, roots=roots) for name in (*names, *split_names(allow_unverified))]
     )
@@ -79,21 +79,3 @@ def check(
             typer.echo(f"  {line}")
     if bad:
         raise typer.Exit(FAILED)
-
-
-def _present(source: str, roots: Sequence[Path], size: int) -> tuple[str, ...]:
-    """The datasets in the roots, or all phantoms; ValueError if there are none."""
-    from vitask.data import card, medmnist, names
-
-    if source == "phantom":
-        return names(source)
-    official = [
-        name
-        for name in medmnist.NAMES
-        if any((root / medmnist.file_name(name, size)).is_file() for root in roots)
-    ]
-    found = tuple(dict.fromkeys([*official, *card.names(roots)]))
-    if not found:
-        looked = ", ".join(map(str, roots)) or "no folder: give --data-root"
-        raise ValueError(f"no dataset of {size} pixels found; looked in {looked}")
-    return found

@@ -11,9 +11,10 @@ from bench.runs.judge import candidates_card, plain
 from bench.runs.records import Record, Samples, read_samples, samples_path
 from bench.runs.sets import OFFICIAL, read_manifest
 from bench.stats.items import Items, points
-from bench.stats.metrics import confusion, measure, scored
+from bench.stats.metrics import confusion, measure
 from bench.suite import suite
 from vitask.data.spec import Dataset
+from vitask.decision import scored
 from vitask.prompts import candidates
 
 

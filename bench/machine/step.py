@@ -13,14 +13,12 @@ tokens are those that the language model reads.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from bench.machine.speed import Clock, Spread, interleaved, peak_mib
 from bench.suite import MachineSuite, Measured
@@ -36,7 +34,8 @@ from vitask.exemplar import ExemplarConnector
 from vitask.objective import Weights, joint_loss
 from vitask.score import Trie, response_log_probabilities
 from vitask.shared import shared_forward
-from vitask.vlm import VLM, Prompt
+from vitask.untrained import Shape, random_vlm
+from vitask.vlm import Prompt
 
 COLUMNS = (
     "device", "dtype", "shape", "batch", "variant", "quantity", "value", "low", "high",
@@ -44,20 +43,6 @@ COLUMNS = (
 BEFORE, INSTRUCTION, RESPONSE, CLASSES = 4, 40, 8, 11  # tokens; classes
 FEATURES = 192  # of the TSM
 STAGE_1, STAGE_2 = Weights(1.0, 0.0), Weights(1.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A language model's size, and how many tokens an image has."""
-
-    text: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    image_tokens: int = 256
 
 
 SHAPES = {
@@ -270,34 +255,6 @@ class Bench:
         whole = sum(map(own, events))
         first = sorted(events, key=own, reverse=True)[:8]
         return [f"{event.key} {own(event) / whole:.0%}" for event in first]
-
-
-def random_vlm(shape: Shape, dtype: torch.dtype, device: str) -> VLM:
-    """A native InternVL of this size with random weights; its vision tower is never run."""
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    config = InternVLConfig(
-        vision_config={
-            **small,
-            "num_attention_heads": 1,
-            "image_size": [32, 32],
-            "patch_size": [8, 8],
-        },
-        text_config={
-            "model_type": shape.text,
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.intermediate,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "vocab_size": shape.vocab,
-            "tie_word_embeddings": False,
-        },
-        attn_implementation="sdpa",
-    )
-    with torch.device(device):
-        model = InternVLForConditionalGeneration._from_config(config, dtype=dtype)
-    processor = VLM.load("pocket").processor  # of no use here: nothing is asked in words
-    return VLM(model, processor, "random")
 
 
 def targets(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool | None]]:

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from bench.runs.records import Record, Samples, read_samples, samples_path
-from bench.stats.metrics import Scored, scored
 from bench.stats.resampling import bootstrap_weights, swaps
 from bench.suite import Suite
 from vitask.data.spec import DatasetSpec
+from vitask.decision import Scored, scored
 from vitask.prompts import Candidates
 
 

@@ -10,7 +10,8 @@ import pandas as pd
 from bench.runs.files import write_text
 from bench.runs.records import Record, read_samples, samples_path
 from bench.runs.sets import OFFICIAL
-from bench.stats.metrics import measure, scored
+from bench.stats.metrics import measure
+from vitask.decision import scored
 from vitask.prompts import Candidates
 
 SUITE = "main"  # asks the plain question

@@ -12,7 +12,6 @@ from bench.report.answers import Answers
 from bench.runs.records import Record
 from bench.stats import items as own
 from bench.stats.items import Items
-from bench.stats.metrics import Scored
 from bench.stats.resampling import (
     bootstrap_weights,
     centred_interval,
@@ -23,6 +22,7 @@ from bench.stats.resampling import (
     resampled,
     swaps,
 )
+from vitask.decision import Scored
 
 COLUMNS = (
     "dataset", "method", "metric", "mean", "sd", "ci_low", "ci_high", "seeds", "n_test",

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from bench.stats.items import Items, points
-from bench.stats.metrics import confusion, measure, scored
+from bench.stats.metrics import confusion, measure
 from bench.suite import Outcome, Suite
 from vitask.data.spec import Dataset
+from vitask.decision import scored
 from vitask.prompts import Candidates, candidates
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from bench.stats.metrics import Scored, columns, finish, measure, one_against_rest
+from bench.stats.metrics import columns, finish, measure, one_against_rest
+from vitask.decision import Scored
 
 RESAMPLES = 2000
 CHUNK = 250  # resamples at once: bounds the memory of (resamples, n) arrays

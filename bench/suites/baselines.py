@@ -13,20 +13,20 @@ dataset, from fixed grids.
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
-
-import numpy as np
+from functools import partial
 
 from bench.runs.work import Tuned, Work
 from bench.suite import Method, Outcome, Suite, Training
 from bench.suites.ablation import ablated
+from vitask.baselines import Scores, contrastive, ensemble
+from vitask.checkpoint import VITask
+from vitask.data.spec import Dataset
+from vitask.features import Features
 from vitask.recipes import Recipe
 from vitask.score import Prediction
-from vitask.tsm import TSM
 from vitask.validation import decide, macro_f1
 
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of contrastive decoding; weights of the ensemble
-Scores = Callable[[str, str], dict[float, np.ndarray]]
-# (dataset, split) -> strength -> log-probabilities (images, candidates)
+Combine = Callable[[VITask, str, Dataset, Features, str], Scores]
 
 
 class Baselines(Suite):
@@ -74,56 +74,26 @@ class Baselines(Suite):
         models = self.models(work.recipe)
         vanilla, tsm = work.tuned(models["vanilla"]), work.tsm(models["tsm"])
         if "contrastive_decoding" in wanted:
-            scores = _contrastive(work, vanilla)
-            yield _chosen(work, "contrastive_decoding", vanilla, scores, "strength")
+            yield _chosen(work, "contrastive_decoding", vanilla, contrastive, "strength")
         if "ensemble" in wanted:
-            scores = _ensemble(work, vanilla, tsm.model)
-            yield _chosen(work, "ensemble", vanilla, scores, "weight")
+            own = partial(ensemble, tsm.model)
+            yield _chosen(work, "ensemble", vanilla, own, "weight")
 
 
-def _contrastive(work: Work, vanilla: Tuned) -> Scores:
-    """log p(y | v) - strength log p(y | the mean training image)."""
-
-    def scores(name: str, split: str) -> dict[float, np.ndarray]:
-        tokens = work.image(name, split)
-        mean = work.image(name, "train").mean(0, keepdim=True)
-        own = vanilla.model.score(name, tokens)
-        blank = vanilla.model.score(name, mean)
-        return {strength: own - strength * blank for strength in STRENGTHS}
-
-    return scores
-
-
-def _ensemble(work: Work, vanilla: Tuned, tsm: TSM) -> Scores:
-    """(1 - weight) of vanilla's class log-probabilities and weight of the TSM's."""
-
-    def scores(name: str, split: str) -> dict[float, np.ndarray]:
-        dataset = work.everything[name]
-        own = vanilla.model.score(name, work.image(name, split))
-        own = own - np.logaddexp.reduce(own, axis=1, keepdims=True)
-        other = tsm.log_probabilities(dataset.splits[split].images, dataset.spec)
-        if dataset.spec.multi_label:  # of each candidate set of labels, labels independent
-            members = vanilla.model.tasks[name].candidates.members
-            absent = np.log1p(-np.minimum(np.exp(other), 1 - 1e-12))
-            other = other @ members.T + absent @ (~members).T
-        return {weight: (1 - weight) * own + weight * other for weight in STRENGTHS}
-
-    return scores
-
-
-def _chosen(work: Work, method: str, vanilla: Tuned, scores: Scores, what: str) -> Outcome:
+def _chosen(work: Work, method: str, vanilla: Tuned, combine: Combine, what: str) -> Outcome:
     """The strength that is best on the validation split, dataset by dataset."""
     predictions: list[Prediction] = []
     curves: dict[str, dict[str, float]] = {}
     for name, dataset in work.evaluated.items():
+        scores = partial(combine, vanilla.model, name, dataset, work.image)
         candidates = work.tasks[name].candidates
         labels = dataset.splits["val"].labels
         curve = {
             strength: macro_f1(dataset.spec, labels, decide(dataset.spec, log_p, candidates))
-            for strength, log_p in scores(name, "val").items()
+            for strength, log_p in scores("val").items()
         }
         best = max(curve, key=lambda strength: curve[strength])
-        predictions.append(Prediction(name, "candidates", scores(name, "test")[best]))
+        predictions.append(Prediction(name, "candidates", scores("test")[best]))
         curves[name] = {str(strength): score for strength, score in curve.items()}
     outcome = work.outcome(method, predictions, vanilla.note)
     return replace(outcome, extras=outcome.extras | {f"validation by {what}": curves})

@@ -15,8 +15,13 @@ import numpy as np
 from bench.runs.work import Work, rounded
 from bench.stats.resampling import interval
 from bench.suite import FOUR, Method, Outcome, Suite, pick
-from vitask.calibration import at_temperature, candidate_of, confidence, fit_temperature
-from vitask.data.spec import Dataset
+from vitask.calibration import (
+    COVERAGES,
+    abstention,
+    at_temperature,
+    confidence,
+    fit_temperature,
+)
 from vitask.score import Prediction
 
 if TYPE_CHECKING:
@@ -24,7 +29,6 @@ if TYPE_CHECKING:
     from bench.runs.records import Record
 
 SCALED = "_scaled"
-COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the validation split that are answered
 TITLE = (
     "Accuracy on the answered test images, its 95 % interval at these thresholds, and the share "
     "that is answered; averaged over datasets and seeds"
@@ -119,28 +123,6 @@ def _outcomes(
         outcome = work.outcome(f"{kind}{SCALED}", scaled, note)
         own = {"temperature": temperatures, "abstention": curves}
         yield replace(outcome, extras=outcome.extras | own)
-
-
-def abstention(
-    val: Prediction, test: Prediction, dataset: Dataset, members: np.ndarray
-) -> list[list[float]]:
-    """[share of val answered, share of test answered, accuracy on these] for each coverage."""
-    of_val, of_test = confidence(val), confidence(test)
-    right = _right(test, dataset.splits["test"].labels, members)
-    found = []
-    for coverage in COVERAGES:
-        threshold = np.quantile(of_val, 1 - coverage) if coverage < 1 else -np.inf
-        answered = of_test >= threshold
-        accuracy = float(right[answered].mean()) if answered.any() else 0.0
-        found.append([coverage, round(float(answered.mean()), 6), round(accuracy, 6)])
-    return found
-
-
-def _right(prediction: Prediction, labels: np.ndarray, members: np.ndarray) -> np.ndarray:
-    log_p = prediction.log_probability
-    if prediction.kind == "labels":
-        return ((log_p > np.log(0.5)) == (labels == 1)).all(1)
-    return log_p.argmax(1) == candidate_of(labels, members)
 
 
 def _drawn_accuracies(

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bench.runs.work import TrainedTSM, Tuned, Work, classified
-from bench.stats.metrics import measure, scored
+from bench.stats.metrics import measure
 from bench.stats.resampling import interval
 from bench.suite import FOUR, Metric, Outcome, Suite, pick
 from vitask.data import corruption as medmnist_c
 from vitask.data.spec import Dataset, Split
 from vitask.data.subset import subset
+from vitask.decision import scored
 from vitask.prompts import candidates
 from vitask.score import Prediction
 

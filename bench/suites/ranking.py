@@ -9,19 +9,17 @@ alike; 50 bins), `ranking_auc` the probability that a right image ranks above a 
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import torch
 
 from bench.runs.work import Work
 from bench.stats.items import Items, Values
 from bench.stats.metrics import binary_auc
 from bench.suite import Chart, Method, Metric, Outcome, Suite, Training
-from vitask.branches import response_hidden
 from vitask.checkpoint import VITask
 from vitask.prompts import answer, instruction, response
 from vitask.recipes import Recipe, vanilla
+from vitask.score import mean_token_probability
 
 BINS = 50
 
@@ -93,27 +91,12 @@ def _items(work: Work, model: VITask, name: str) -> Items:
     wrong = [int(rng.choice(groups[text])) for text in texts]
     prompt = model.vlm.prompt(instruction(dataset.spec, model.recipe.instruction))
     ids = [model.vlm.response_ids(response(text)) for text in texts]
-    image = work.image(name, "test")
+    image, size = work.image(name, "test"), model.recipe.score_batch_size
     values = {
-        "positive": _mean_probability(model, prompt, image, ids),
-        "negative": _mean_probability(model, prompt, image[wrong], ids),
+        "positive": mean_token_probability(model.vlm, prompt, image, ids, size),
+        "negative": mean_token_probability(model.vlm, prompt, image[wrong], ids, size),
     }
     return Items(values, test.groups)
-
-
-def _mean_probability(model: VITask, prompt: Any, image: Any, ids: list[Any]) -> np.ndarray:
-    found = []
-    size = model.recipe.score_batch_size
-    with torch.inference_mode():
-        for start in range(0, len(ids), size):
-            batch = ids[start : start + size]
-            hidden, labels, owner = response_hidden(
-                model.vlm, [prompt] * len(batch), image[start : start + size], batch
-            )
-            p = model.vlm.logits(hidden).softmax(-1).gather(1, labels[:, None])[:, 0]
-            total = torch.zeros(len(batch), device=p.device).index_add_(0, owner, p)
-            found.append(total / torch.bincount(owner))
-    return torch.cat(found).double().cpu().numpy()
 
 
 SUITE = Ranking()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bench.runs.plan import Plan
-from bench.stats.metrics import Scored, scored
 from bench.suite import SUITES
 from vitask.data.spec import TASKS, DatasetSpec
+from vitask.decision import Scored, scored
 from vitask.prompts import candidates
 from vitask.recipes import POCKET, RECIPES
 from vitask.score import Prediction

@@ -11,10 +11,10 @@ from bench import items as own
 from bench import stats
 from bench.report.table import _average, _Cell, _resample_items, _resample_lost
 from bench.stats.items import Items, means, points
-from bench.stats.metrics import scored
 from bench.stats.resampling import bootstrap_weights, swaps
 from bench.suite import corruptions, external, ranking
 from vitask.data import load
+from vitask.decision import scored
 from vitask.score import Prediction
 
 SPEC = load("retinamnist", source="phantom").spec

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from bench.stats.metrics import ECE_BINS, INVALID, Scored, confusion, measure, scored
+from bench.stats.metrics import ECE_BINS, confusion, measure
 from vitask.data.spec import TASKS, DatasetSpec
+from vitask.decision import INVALID, Scored, scored
 from vitask.prompts import candidates
 from vitask.score import Prediction
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from bench.stats.metrics import Scored, measure
+from bench.stats.metrics import measure
 from bench.stats.resampling import (
     RESAMPLES,
     bootstrap_weights,
@@ -20,6 +20,7 @@ from bench.stats.resampling import (
     swaps,
 )
 from vitask.data.spec import TASKS
+from vitask.decision import Scored
 
 
 def swapped(ours, reference, swap):

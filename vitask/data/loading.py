@@ -88,3 +88,19 @@ def _unknown(name: str, known: Sequence[str], roots: Sequence[Path]) -> ValueErr
     near = get_close_matches(name, known) or list(known)
     searched = f" (cards looked for in {', '.join(map(str, roots))})" if roots else ""
     return ValueError(f"no dataset {name!r}{searched}; did you mean {' or '.join(near)}?")
+
+
+def present(source: str, roots: Sequence[Path], size: int) -> tuple[str, ...]:
+    """The datasets in the roots, or all phantoms; ValueError if there are none."""
+    if source == "phantom":
+        return names(source)
+    official = [
+        name
+        for name in medmnist.NAMES
+        if any((root / medmnist.file_name(name, size)).is_file() for root in roots)
+    ]
+    found = tuple(dict.fromkeys([*official, *card.names(roots)]))
+    if not found:
+        looked = ", ".join(map(str, roots)) or "no folder: give --data-root"
+        raise ValueError(f"no dataset of {size} pixels found; looked in {looked}")
+    return found

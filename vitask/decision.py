@@ -1,0 +1,96 @@
+"""Predictions -> class probabilities and decisions, ready to be measured."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitask.data.spec import DatasetSpec
+from vitask.prompts import Candidates, candidates
+from vitask.score import Prediction
+from vitask.validation import decide
+
+INVALID = -1  # a generated answer that is not a candidate
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One method's answers for one dataset's test images, ready to be measured.
+
+    labels:      int (n,), or 0/1 (n, classes) for multi-label
+    probability: (n, classes); multi-label: of each label being present
+    predicted:   as labels, by arg max (over candidates) or the threshold 0.5
+    generated:   int (n,), INVALID for an answer that is none; multi-label (n, classes), a row of
+                 INVALID likewise; None for methods that do not write
+    """
+
+    spec: DatasetSpec
+    labels: np.ndarray
+    probability: np.ndarray
+    predicted: np.ndarray
+    generated: np.ndarray | None
+
+
+def scored(
+    spec: DatasetSpec,
+    labels: np.ndarray,
+    prediction: Prediction,
+    answers: Candidates | None = None,
+) -> Scored:
+    """Class probabilities and decisions from a prediction.
+
+    Class probability = softmax of the candidates' scores, summed where several answers are one
+    class; for multi-label candidates the normalised mass of the candidates that hold the label.
+    `answers`: the multi-label candidates.
+    """
+    log_p = prediction.log_probability
+    if spec.multi_label and answers is None:
+        raise ValueError(f"{spec.name}: the candidates of a multi-label dataset must be given")
+    if not spec.multi_label:
+        answers = candidates(spec, labels)
+    assert answers is not None
+    _check(spec, labels, prediction, answers)
+    if prediction.kind == "labels":
+        probability, predicted = np.exp(log_p), decide(spec, log_p)
+    else:
+        probability = np.minimum(_softmax(log_p) @ answers.members.astype(float), 1)
+        predicted = decide(spec, log_p, answers)
+    generated = None
+    if prediction.generated is not None:
+        generated = np.stack([_parsed(spec, answers, text) for text in prediction.generated])
+    return Scored(spec, labels, probability, predicted, generated)
+
+
+def _check(
+    spec: DatasetSpec, labels: np.ndarray, prediction: Prediction, answers: Candidates
+) -> None:
+    """A prediction that does not fit its dataset is an error, never a wrong number."""
+    widths = {"candidates": len(answers.texts)}
+    if spec.multi_label:
+        widths["labels"] = len(spec.classes)
+    if prediction.kind not in widths:
+        raise ValueError(
+            f"{spec.name}: kind of the prediction is {prediction.kind!r}; "
+            f"expected {' or '.join(widths)} for the task {spec.task!r}"
+        )
+    log_p, expected = prediction.log_probability, (len(labels), widths[prediction.kind])
+    if log_p.shape != expected:
+        raise ValueError(f"{spec.name}: log-probabilities {log_p.shape}; expected {expected}")
+    if np.isnan(log_p).any() or not np.isfinite(log_p.max(1)).all():
+        raise ValueError(f"{spec.name}: log-probabilities are NaN or all infinite in some rows")
+    if prediction.generated is not None and len(prediction.generated) != len(labels):
+        raise ValueError(
+            f"{spec.name}: {len(prediction.generated)} generated answers to {len(labels)} images"
+        )
+
+
+def _softmax(log_p: np.ndarray) -> np.ndarray:
+    shifted = np.exp(log_p - log_p.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
+def _parsed(spec: DatasetSpec, answers: Candidates, text: str) -> np.ndarray:
+    if spec.multi_label:
+        labels = answers.parse_labels(text, spec.classes)
+        return np.full(len(spec.classes), INVALID) if labels is None else labels.astype(int)
+    found = answers.parse(text)
+    return np.array(INVALID if found is None else answers.members[found].argmax())
