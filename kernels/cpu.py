@@ -4,8 +4,8 @@
 that fits the cache of a core, in place where possible. The head has no bias, so the logits
 d = a - n are those of the rows h_a - h_n, computed in float32; n itself is not needed.
 
-A small loss takes as long as the calls of its operations take. Its numbers are therefore Python
-numbers, and rows that are already in order are not gathered.
+For a small loss, the fixed cost of each PyTorch call dominates. Counts and factors are therefore
+Python numbers, and rows that are already in order are not gathered.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,9 +18,9 @@ from kernels.problem import Problem, Result, Wanted, check_values, counted, slot
 
 LOGIT_BYTES = 64 * 2**20  # limit for the logits of a chunk, unless MIN_ROWS need more
 CACHED_BYTES = 8 * 2**20  # of logits that stay in the last-level cache until they are gradients
-MIN_ROWS = 32  # per branch; with fewer, reading the head would dominate
+MIN_ROWS = 32  # per branch; with fewer rows, reading the head takes most of the time
 BLOCK_BYTES = 4 * 2**20  # of the logits of one branch in a pass; the last-level cache fits several
-TILE_BYTES = 2 * 2**20  # of the head in one product; a larger tile would leave the cache
+TILE_BYTES = 2 * 2**20  # of the head in one product; a larger tile leaves the cache between rows
 
 
 class _Branch(NamedTuple):
@@ -219,8 +219,8 @@ def _share_difference(of_base: Tensor, of_difference: Tensor, negative: _Branch)
 def chunk_rows(rows: int, row_bytes: int, head_bytes: int) -> int:
     """Base rows per chunk, at least MIN_ROWS; all chunks but the last have this size.
 
-    Each chunk reads the head. A chunk with as many bytes of logits as the head has makes that
-    worthwhile. With a small head the logits may fill the cache; LOGIT_BYTES is the upper limit.
+    Each chunk reads the whole head, so a chunk's logits may take as many bytes as the head. With a
+    small head they may fill the cache. They never take more than LOGIT_BYTES.
     row_bytes: the logits of one base row in all branches
     """
     limit = min(LOGIT_BYTES, max(CACHED_BYTES, head_bytes))
@@ -305,8 +305,8 @@ def _losses(block: _Logits, delta: Tensor, losses: Tensor) -> Tensor:
     loss, peak_b, share_b = _softmax(b.rows, b.of(y))
     b.put(losses[1], loss)
     mean_delta = torch.linalg.vecdot(b.of(a), delta)
-    # The sums nearly agree: the logarithm of their ratio is exact where a difference of two
-    # logarithms is not.
+    # The sums nearly agree, so the logarithm of their ratio is more accurate than the difference
+    # of their logarithms.
     log_ratio = (share_b / b.of(share_a)).log_()
     b.put(losses[2], mean_delta - (b.of(peak_a) - peak_b) - log_ratio)
     return mean_delta[:, None]
@@ -316,7 +316,7 @@ def _softmax(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Overwrite x (rows, vocab) with softmax(x); return three (rows,) tensors.
 
     They are the losses lse(x) - x_y, the largest x, and its probability. The latter is
-    1 / sum(exp(x - max)), so that the sum needs no pass of its own.
+    1 / sum(exp(x - max)), so that the sum needs no separate pass.
     """
     x_y = x.gather(1, y).squeeze(1)
     peak = x.amax(dim=-1)

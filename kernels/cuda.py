@@ -200,8 +200,8 @@ def gradient_kernel(
         wrong = a_y - a_y  # 0, or NaN for a label outside the vocabulary
         response = max_a - a_y + tl.log(sum_a)
         alone = max_b - b_y + tl.log(sum_b) + wrong
-        # The sums nearly agree: the logarithm of their ratio is exact where a difference of two
-        # logarithms is not.
+        # The sums nearly agree, so the logarithm of their ratio is more accurate than the
+        # difference of their logarithms.
         rda = mean_delta - (max_a - max_b) - tl.log(sum_a / sum_b) + wrong
         crt = max_d - (a_y - n_y) + tl.log(sum_d)
         tl.store(losses + row, tl.where(counts, response, 0.0))
@@ -425,7 +425,7 @@ def _block(logits: Tensor) -> int:
 
 
 def _on(logits: Tensor) -> AbstractContextManager[object]:
-    """Make the device of `logits` current: Triton launches there, whatever tensors it is given."""
+    """Make the device of `logits` current: Triton ignores where its tensors are."""
     return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
 
 

@@ -138,7 +138,7 @@ def _backward(
     if wanted.weight and problem.mean:
         assert head_gradient is not None
         weight = (head_gradient * above).to(problem.weight.dtype)
-    elif wanted.weight:  # each row has a factor of its own: compute it anew
+    elif wanted.weight:  # each row has another factor, so compute it anew
         only = Wanted(hidden=False, exemplar=False, weight=True)
         anew = _compute(problem, only, module, above.to(problem.dtype)).weight
         assert anew is not None

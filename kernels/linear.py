@@ -107,17 +107,16 @@ def linear_crt(
     `linear_cross_entropy`.
     """
     _same_rows("negative_hidden", negative_hidden, hidden)
-    problem = _problem(
-        hidden, weight, labels, (0.0, 0.0, 0.0, 1.0), reduction, negative_hidden=negative_hidden
-    )
     if implementation != "reference" and hidden.dtype in (torch.float32, torch.float64):
-        # The head has no bias, so the cross-entropy of the hidden difference is the same loss with
+        # The head has no bias, so the cross-entropy of the hidden difference is the same loss for
         # half the products. A difference of 16-bit rows would be rounded to 16 bits, which costs
         # errors up to 1e-3 in the logits.
-        problem = problem._replace(
-            hidden=hidden - negative_hidden,
-            negative=_no_rows(hidden),
-            loss_weights=(1.0, 0.0, 0.0, 0.0),
+        _check_head(hidden, weight, labels)
+        difference = hidden - _branch("negative", negative_hidden, None, hidden)
+        problem = _problem(difference, weight, labels, (1.0, 0.0, 0.0, 0.0), reduction)
+    else:
+        problem = _problem(
+            hidden, weight, labels, (0.0, 0.0, 0.0, 1.0), reduction, negative_hidden=negative_hidden
         )
     total, _ = _losses(problem, implementation)
     return total
@@ -233,7 +232,7 @@ def _branch(name: str, branch: Tensor | None, rows: Tensor | None, hidden: Tenso
     if branch is None:
         if rows is not None:
             raise ValueError(f"{name}_rows without {name}_hidden; give both or neither")
-        return _no_rows(hidden)
+        return hidden.new_empty(0, hidden.shape[1])
     if branch.ndim != 2 or branch.shape[1] != hidden.shape[1] or branch.dtype != hidden.dtype:
         raise ValueError(
             f"{name}_hidden has shape {tuple(branch.shape)} and dtype {branch.dtype}; "
@@ -250,10 +249,6 @@ def _branch(name: str, branch: Tensor | None, rows: Tensor | None, hidden: Tenso
         )
     _same_device(hidden, **{f"{name}_rows": rows})
     return branch
-
-
-def _no_rows(hidden: Tensor) -> Tensor:
-    return hidden.new_empty(0, hidden.shape[1])
 
 
 def _same_rows(name: str, branch: Tensor, hidden: Tensor) -> None:

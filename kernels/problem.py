@@ -123,7 +123,7 @@ def spread(values: Tensor, slot_of: Tensor, count: int) -> Tensor:
 
 
 def all_owned(slot_of: Tensor, count: int) -> Tensor:
-    """() bool: whether each of the `count` rows of a branch belongs to a base row of its own.
+    """() bool: whether each of the `count` rows of a branch belongs to a different base row.
 
     False if a row number is out of range or given twice. slot_of: as `slots` returns it.
     """

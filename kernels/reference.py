@@ -1,7 +1,7 @@
 """The VITask losses in plain PyTorch: the reference that faster implementations are tested against.
 
 Logits are unnormalised. The caller has already shifted them by one token, so that they are aligned
-with `labels`. Every loss is in nats: the mean over its counted tokens, 0 if there are none, or one
+with `labels`. Every loss is in nats: the mean over its counted tokens, 0 if none is counted, or one
 value per token with `reduction="none"`, 0 for ignored tokens. It is computed in float32, or in
 float64 for float64 inputs. A label outside the vocabulary is an error. On CUDA, where a check would
 stall the stream, and in compiled graphs, its token has loss NaN and a zero gradient.
@@ -95,44 +95,49 @@ def joint_loss(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _four_losses(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """In the order of `LOSSES`, each () or (rows,)."""
-    hidden, labels = problem.hidden, problem.labels
     reduction: Reduction = "mean" if problem.mean else "none"
-
-    def logits_of(x: Tensor, labels: Tensor) -> Tensor:
-        x = x.where(counted(labels)[:, None], 0)  # NaN in an ignored row must not reach the head
-        return _exact(x) @ _exact(problem.weight).T
-
-    def base_of(rows: Tensor | None) -> Tensor | slice:
-        """The base rows of a branch, kept in range."""
-        return slice(None) if rows is None else rows.clamp(0, max(len(hidden) - 1, 0))
-
-    def on_base_rows(values: Tensor, rows: Tensor | None, branch: Tensor) -> Tensor:
-        """A loss of a branch, moved to its base rows; NaN if unchecked row numbers are wrong."""
-        if rows is None:
-            return values
-        if not problem.mean:
-            values = values.new_zeros(len(hidden)).index_add(0, base_of(rows), values)
-        owned = all_owned(slots(rows, len(branch), hidden), len(branch))
-        return values + torch.where(owned, 0.0, torch.nan).to(values.dtype)
-
-    logits = logits_of(hidden, labels)
+    labels = problem.labels
+    logits = _logits(problem.hidden, labels, problem.weight)
     response = response_loss(logits, labels, reduction=reduction)
     exemplar = rda = crt = torch.zeros_like(response)
     if len(problem.exemplar):
-        rows, at = problem.exemplar_rows, base_of(problem.exemplar_rows)
-        teacher = logits_of(problem.exemplar, labels[at])
+        rows = problem.exemplar_rows
+        at = _base_rows(rows, problem)
+        teacher = _logits(problem.exemplar, labels[at], problem.weight)
         alone = response_loss(teacher, labels[at], reduction=reduction)
         kl = rda_loss(
             logits[at], teacher, labels[at],
             detach_exemplar=problem.detach_exemplar, reduction=reduction,
         )  # fmt: skip
-        exemplar, rda = (on_base_rows(x, rows, problem.exemplar) for x in (alone, kl))
+        exemplar, rda = _on_base_rows(alone, rows, problem), _on_base_rows(kl, rows, problem)
     if len(problem.negative):
-        rows, at = problem.negative_rows, base_of(problem.negative_rows)
-        negative = logits_of(problem.negative, labels[at])
+        rows = problem.negative_rows
+        at = _base_rows(rows, problem)
+        negative = _logits(problem.negative, labels[at], problem.weight)
         contrast = crt_loss(logits[at], negative, labels[at], reduction=reduction)
-        crt = on_base_rows(contrast, rows, problem.negative)
+        crt = _on_base_rows(contrast, rows, problem)
     return response, exemplar, rda, crt
+
+
+def _logits(hidden: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """(rows, vocab). Ignored rows are replaced first, so that a NaN there cannot reach the head."""
+    return _exact(hidden.where(counted(labels)[:, None], 0)) @ _exact(weight).T
+
+
+def _base_rows(rows: Tensor | None, problem: Problem) -> Tensor | slice:
+    """The base rows of a branch, as an index; wrong row numbers are clamped into range."""
+    return slice(None) if rows is None else rows.clamp(0, max(len(problem.hidden) - 1, 0))
+
+
+def _on_base_rows(values: Tensor, rows: Tensor | None, problem: Problem) -> Tensor:
+    """A branch's loss, moved to its base rows; NaN if row numbers are wrong and unchecked."""
+    if rows is None:
+        return values
+    if not problem.mean:
+        at = _base_rows(rows, problem)
+        values = values.new_zeros(len(problem.hidden)).index_add(0, at, values)
+    owned = all_owned(slots(rows, len(rows), problem.hidden), len(rows))
+    return values + torch.where(owned, 0.0, torch.nan).to(values.dtype)
 
 
 def _exact(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import cpu, joint, linear_cross_entropy, linear_vitask
+from kernels import cpu, joint, linear_cross_entropy, linear_crt, linear_rda, linear_vitask
 from kernels.cpu import chunk_rows
 from kernels.problem import Problem, Wanted
 from tests.kernels.cases import Case, draw
@@ -120,6 +120,24 @@ def test_compiles_to_one_forward_and_one_backward_operation(
     }
     for ours, eager in zip(compiled, gradients(step), strict=True):
         assert torch.equal(ours, eager)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("implementation", [*FUSED, "reference"])
+def test_single_operations_compile_to_one_graph_each(implementation):
+    case = draw(5, 20, 4).to(DEVICE)
+    h, w, y, chosen = case.hidden, case.weight, case.labels, {"implementation": implementation}
+    for loss in (
+        lambda x: linear_cross_entropy(x, w, y, **chosen),
+        lambda x: linear_rda(x, case.exemplar, w, y, **chosen),
+        lambda x: linear_crt(x, case.negative, w, y, **chosen),
+    ):
+        gradients = []
+        for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+            hidden = h.detach().requires_grad_()
+            function(hidden).backward()
+            gradients.append(hidden.grad)
+        assert torch.equal(*gradients)
 
 
 # Bad input
