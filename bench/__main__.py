@@ -85,7 +85,7 @@ def run(
 
     `--all` runs the suites that score models; those that measure this machine run by name.
     """
-    from vitask.data import SOURCES
+    from vitask.data import SOURCES, spec
 
     if all_suites == bool(suites):
         raise UnknownName("name the suites to run, or give --all (one of the two)")
@@ -95,22 +95,32 @@ def run(
     for name in wanted:
         check_known("suite", name, (*SUITES, *MACHINE_SUITES))
     check_known("data source", data, SOURCES)
-    chosen = _recipe(recipe, settings)
+    from_file, by_hand = _recipe(recipe, settings)
     roots, numbers = data_folders(data_root), _seeds(seeds)
     for name in [name for name in wanted if name in MACHINE_SUITES]:
         _measure(name, out, trace)
         wanted.remove(name)
     if not wanted:
         return
-    from vitask.data import spec
+    names, allowed = split_names(datasets), split_names(allow_unverified)
+    must_resolve(lambda: [spec(name, roots=roots) for name in (*names, *allowed)])
 
-    allowed = split_names(allow_unverified)
-    must_resolve(lambda: [spec(name, roots=roots) for name in (*split_names(datasets), *allowed)])
+    from bench.api import run as run_suites
 
-    from bench.api import make_plan, run_plan
-
-    plan = make_plan(*chosen, data, roots, split_names(datasets), numbers, limit, allowed, out)
-    done = run_plan(plan, wanted, fresh=fresh, leave_out=all_suites, note=_note)
+    done = run_suites(
+        "all" if all_suites else wanted,
+        recipe=from_file,
+        settings=by_hand,
+        data=data,
+        data_root=roots,
+        datasets=names,
+        seeds=numbers,
+        limit=limit,
+        allow_unverified=allowed,
+        out=out,
+        fresh=fresh,
+        note=_note,
+    )
     if done.tables:
         from bench.commands.show import main_table
 

@@ -58,7 +58,7 @@ def run(
     allow_unverified: Iterable[str] = (),
     out: str | Path = "leaderboards",
     fresh: bool = False,
-    command: str = "bench.run",
+    command: str = "",
     note: Callable[[str], None] = print,
 ) -> Run:
     """Train, score, write records and tables; results that exist are kept.
@@ -74,38 +74,17 @@ def run(
     suite that fails does not stop the others: see `Run.failed`. ValueError for a request that
     cannot be met, before anything is computed.
     """
-    plan = make_plan(
-        recipe, settings or {}, data, data_root, datasets, seeds, limit, allow_unverified, out
-    )
-    wanted = list(SUITES) if suites == ALL else list(dict.fromkeys(suites))
-    return run_plan(plan, wanted, fresh=fresh, leave_out=suites == ALL, command=command, note=note)
-
-
-def make_plan(
-    recipe: str | Path | Recipe,
-    by_hand: Mapping[str, Any],
-    data: str,
-    data_root: Iterable[str | Path],
-    datasets: Iterable[str],
-    seeds: Iterable[int],
-    limit: int | None,
-    allow_unverified: Iterable[str],
-    out: str | Path,
-) -> Plan:
-    """A checked plan; nothing is loaded yet."""
-    in_file: dict[str, Any] = {}
+    by_hand, in_file = dict(settings or {}), dict[str, Any]()
     if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith(".toml")):
         base, in_file = recipe_settings.read(Path(recipe))
     else:
         base = named_recipe(recipe) if isinstance(recipe, str) else recipe
-    base = recipe_settings.apply(base, by_hand)
-    roots = tuple(Path(root) for root in data_root)
-    own, chosen = base.datasets(data), set(datasets)
+    base, roots = recipe_settings.apply(base, by_hand), tuple(map(Path, data_root))
+    own, chosen, allowed = base.datasets(data), set(datasets), tuple(allow_unverified)
     names = (*(n for n in own if n in chosen), *sorted(chosen - set(own))) if chosen else own
-    allowed = tuple(allow_unverified)
     for name in (*names, *allowed):
         spec(name, roots=roots)
-    return Plan(
+    plan = Plan(
         recipe=base,
         source=data,
         names=names,
@@ -114,9 +93,11 @@ def make_plan(
         limit=limit,
         out=Path(out),
         seeds=tuple(sorted(set(seeds))),
-        settings={**in_file, **by_hand},
-        by_hand=dict(by_hand),
+        settings=in_file | by_hand,
+        by_hand=by_hand,
     )
+    wanted = list(SUITES) if suites == ALL else list(dict.fromkeys(suites))
+    return run_plan(plan, wanted, fresh=fresh, leave_out=suites == ALL, command=command, note=note)
 
 
 def run_plan(

@@ -5,7 +5,6 @@ the model in batches and rows are written as they come, so memory does not grow 
 """
 
 import csv
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,9 +17,8 @@ import numpy as np
 import typer
 
 from bench.commands.cli import UnknownName
-from vitask.data.images import ENDINGS, read_image
-from vitask.data.spec import DatasetSpec
-from vitask.recipes import Recipe
+from vitask.card import read_card
+from vitask.data.images import image_files, read_image
 
 if TYPE_CHECKING:
     from vitask.checkpoint import VITask
@@ -43,12 +41,14 @@ def predict_folder(
     exemplar: None means with exemplar if the model was tuned with one
     batch_size: None means the recipe's score_batch_size
     """
-    recipe, specs = _read_card(checkpoint)
+    recipe, specs = read_card(checkpoint)
     name = _chosen(dataset, list(specs))
     exemplar = recipe.exemplar if exemplar is None else exemplar
     if exemplar and not (checkpoint / "tsm.json").is_file():
         raise UnknownName(f"{checkpoint} has no task-specific model: give --no-exemplar")
-    files = _image_files(folder)
+    files, skipped = image_files(folder)
+    for text in skipped:
+        typer.echo(f"skipped: {text}", err=True)
     with _destination(output) as file:
         import torch
         from transformers.utils import logging
@@ -62,20 +62,6 @@ def predict_folder(
         return _write(file, model, name, folder, files, exemplar)
 
 
-def _read_card(checkpoint: Path) -> tuple[Recipe, dict[str, DatasetSpec]]:
-    """What a checkpoint says about itself: its recipe, and the datasets that it answers for."""
-    card = checkpoint / "vitask.json"
-    if not card.is_file():
-        raise ValueError(f"no checkpoint at {checkpoint}; expected a folder with vitask.json")
-    try:
-        fields = json.loads(card.read_text(encoding="utf-8"))
-        specs = {name: DatasetSpec.of_json(task["spec"]) for name, task in fields["tasks"].items()}
-        return Recipe.of_json(fields["recipe"]), specs
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        text = f"{card} is damaged or of another version ({error!r}): copy or train it again"
-        raise ValueError(text) from error
-
-
 def _chosen(dataset: str | None, known: list[str]) -> str:
     """The dataset whose question is asked; where there is only one, it need not be named."""
     if dataset is None and len(known) == 1:
@@ -85,21 +71,6 @@ def _chosen(dataset: str | None, known: list[str]) -> str:
     listed = " and ".join(filter(None, (", ".join(known[:-1]), *known[-1:])))
     unknown = "" if dataset is None else f", not for {dataset!r}"
     raise UnknownName(f"this checkpoint answers for {listed}{unknown}: name one with --dataset")
-
-
-def _image_files(folder: Path) -> list[Path]:
-    """Sorted paths of all images, relative to the folder. What is skipped is said on stderr."""
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder}; expected a folder of images")
-    walk = os.walk(folder, onerror=lambda error: typer.echo(f"skipped: {error}", err=True))
-    paths = (Path(place, name).relative_to(folder) for place, _, names in walk for name in names)
-    found = [path for path in paths if path.name.lower().endswith(ENDINGS)]
-    files = sorted(path for path in found if not any(p.startswith(".") for p in path.parts))
-    if hidden := len(found) - len(files):
-        typer.echo(f"skipped: {hidden} hidden image file(s)", err=True)
-    if not files:
-        raise ValueError(f"no image in {folder}; expected files ending in {', '.join(ENDINGS)}")
-    return files
 
 
 @contextmanager
@@ -134,11 +105,8 @@ def _write(
     spec, texts = model.tasks[name].spec, model.tasks[name].candidates.texts
     # on the face of everything that phantom data made
     mark = {"trained_on": "PHANTOM data"} if "phantom" in spec.source else {}
-    table, size, unreadable = (
-        csv.writer(file, lineterminator="\n"),
-        model.recipe.score_batch_size,
-        0,
-    )
+    table = csv.writer(file, lineterminator="\n")
+    size, unreadable = model.recipe.score_batch_size, 0
     table.writerow(["file", *mark, "answer", "generated", "error", *texts])
     for start in range(0, len(files), size):
         batch, images, rows = files[start : start + size], {}, {}

@@ -7,15 +7,12 @@ from typing import Any
 from bench.report.official import official_files, official_texts
 from bench.report.render import render
 from bench.runs.ingredients import record_key, set_key
-from bench.runs.judge import candidates_card, plain
+from bench.runs.judge import judge
 from bench.runs.records import Record, Samples, read_samples, samples_path
 from bench.runs.sets import OFFICIAL, read_manifest
-from bench.stats.items import Items, points
-from bench.stats.metrics import confusion, measure
-from bench.suite import suite
+from bench.stats.items import Items
+from bench.suite import Outcome, suite
 from vitask.data.spec import Dataset
-from vitask.decision import scored
-from vitask.prompts import candidates
 
 
 def differences(folder: Path, records: list[Record], datasets: Mapping[str, Dataset]) -> list[str]:
@@ -63,63 +60,45 @@ def _record(folder: Path, record: Record, datasets: Mapping[str, Dataset]) -> li
     samples = read_samples(samples_path(folder, record.name))
     if list(samples) != list(record.confusion):
         return [f"samples hold {list(samples)}, the record {list(record.confusion)}"]
-    found = []
     for name, sample in samples.items():
         if name not in datasets:
-            found.append(f"{name}: not a dataset of this run's data")
-            continue
-        wrong = _inputs(record, name, sample, datasets[name])
-        found += [f"{name}: {text}" for text in wrong or _scores(record, sample, datasets[name])]
-    for name, card in record.items.items():
-        again = plain(points(Items.of(card), suite(record.suite).measured))
-        found += [f"{name}: {text}" for text in _disagreements(again, record.metrics[name])]
+            return [f"{name}: not a dataset of this run's data"]
+        if wrong := _inputs(record.data[name], sample, datasets[name]):
+            return [f"{name}: {wrong}"]
+    items = {name: Items.of(card) for name, card in record.items.items()}
+    predictions = [sample.prediction for sample in samples.values()]
+    outcome = Outcome(record.method, predictions, items=items)
+    again = judge(suite(record.suite), outcome, datasets)
+    found = [
+        f"{name}: {metric} is {value} from the samples, {said} in the record"
+        for name, metrics in again.metrics.items()
+        for metric, value in metrics.items()
+        if not _same(value, said := record.metrics[name].get(metric))
+    ]
+    if again.confusion != record.confusion:
+        found.append("the confusion matrices differ")
+    if again.candidates != record.candidates:
+        found.append("the candidates differ from those of the training split")
     return found
 
 
-def _inputs(record: Record, name: str, sample: Samples, dataset: Dataset) -> list[str]:
-    """Images, labels, groups and candidates, against the data."""
-    test, card = dataset.splits["test"], record.data[name]
+def _inputs(card: Mapping[str, Any], sample: Samples, dataset: Dataset) -> str:
+    """How images, labels or groups differ from the data; empty if they do not."""
+    test = dataset.splits["test"]
     if card["md5"] != dataset.md5:
-        return [f"the data's MD5 is {dataset.md5}, the record says {card['md5']}"]
+        return f"the data's MD5 is {dataset.md5}, the record says {card['md5']}"
     if sample.ids.tolist() != test.ids.tolist():
-        return ["the samples' image ids differ from the data's"]
+        return "the samples' image ids differ from the data's"
     if sample.labels.shape != test.labels.shape:
-        return [f"labels have shape {sample.labels.shape}, the data's {test.labels.shape}"]
+        return f"labels have shape {sample.labels.shape}, the data's {test.labels.shape}"
     wrong = (sample.labels != test.labels).reshape(len(test), -1).any(1)
     if wrong.any():
-        return [f"{wrong.sum()} label(s) differ from the data's, first {sample.ids[wrong][0]}"]
+        return f"{wrong.sum()} label(s) differ from the data's, first {sample.ids[wrong][0]}"
     groups = [None if g is None else g.tolist() for g in (sample.groups, test.groups)]
-    if groups[0] != groups[1]:
-        return ["the samples' groups differ from the data's"]
-    if dataset.spec.multi_label:
-        known = candidates(dataset.spec, dataset.splits["train"].labels)
-        if record.candidates.get(name) != candidates_card(known, test.labels):
-            return ["the candidates differ from those of the training split"]
-    return []
+    return "" if groups[0] == groups[1] else "the samples' groups differ from the data's"
 
 
-def _scores(record: Record, sample: Samples, dataset: Dataset) -> list[str]:
-    """Metrics and confusion matrix, against those of the samples."""
-    name, labels = dataset.spec.name, dataset.splits["test"].labels
-    known = candidates(dataset.spec, dataset.splits["train"].labels)
-    data = scored(dataset.spec, labels, sample.prediction, known)
-    found = _disagreements(plain(measure(data)), record.metrics[name])
-    if confusion(data) != record.confusion[name]:
-        found.append("the confusion matrix differs")
-    return found
-
-
-def _disagreements(
-    again: Mapping[str, float | None], said: Mapping[str, float | None]
-) -> list[str]:
-    return [
-        f"{metric} is {again[metric]} from the samples, {said.get(metric)} in the record"
-        for metric in again
-        if not _same(again[metric], said.get(metric))
-    ]
-
-
-def _same(ours: Any, theirs: Any) -> bool:
+def _same(ours: float | None, theirs: float | None) -> bool:
     """Equal but for the last digits, which may differ between machines."""
     if ours is None or theirs is None:
         return ours is theirs

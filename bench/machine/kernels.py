@@ -17,11 +17,13 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from bench.machine.peers import OPERATIONS, Inputs, Loss, peers
 from bench.machine.speed import MIB, Clock, Spread, interleaved, peak_mib
+from bench.machine.tables import Aim
 from bench.suite import MachineSuite, Measured
 from kernels.cpu import project
 
@@ -82,7 +84,7 @@ def measure(
             rows += [same | row for row in compare(mine, operation, sets, device, failed)]
             for name, why in failed.items():
                 missing[f"{name}: {operation}, {count} × {hidden} × {vocab}"] = why
-        yield Measured(rows, missing, targets(rows, device), notes)
+        yield Measured(rows, missing, targets(rows), notes)
 
 
 def compare(
@@ -243,65 +245,41 @@ def _with_gradient(loss: Loss, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return value.detach(), gradient
 
 
-def targets(rows: list[dict[str, Any]], device: str) -> list[tuple[str, str, bool | None]]:
-    """What the joint loss aims at, and what came out; the worst of the shapes counts."""
-
-    def values(
-        implementation: str, quantity: str, hidden: int, vocab: int, least: int
-    ) -> dict[int, float]:
-        return {
-            r["rows"]: r["value"]
-            for r in rows
-            if (r["operation"], r["pass"], r["hidden"], r["vocab"])
-            == ("vitask", "both", hidden, vocab)
-            and (r["implementation"], r["quantity"]) == (implementation, quantity)
-            and r["rows"] >= least
-        }
-
-    def ratio(
-        text: str, others: str | Sequence[str], shape: tuple[int, int], aim: float, *,
-        quantity: str = "milliseconds", most: bool = False, least: int = 512,
-    ) -> tuple[str, str, bool | None]:  # fmt: skip
-        """Against the best of the others at each number of rows; the worst of these counts."""
-        names = [others] if isinstance(others, str) else others
-        ours, *theirs = (values(name, quantity, *shape, least) for name in ("ours", *names))
-        best = {n: min(v[n] for v in theirs if n in v) for n in {n for v in theirs for n in v}}
-        shared = sorted(set(ours) & set(best))
-        if not shared:
-            return text, "–", None
-        found = [ours[n] / best[n] if most else best[n] / ours[n] for n in shared]
-        worst = max(found) if most else min(found)
-        return text, f"{worst:.2f}", worst <= aim if most else worst >= aim
-
-    done = []
-    cpu = "on a CPU, 512 × 512 × 32,000"
-    own = CPU_TARGET if device == "cpu" else (0, 0)
-    done.append(ratio(f"1.5 × eager_shared {cpu}", "eager_shared", own, 1.5))
-    done.append(ratio(f"1.2 × compile {cpu}", "compile", own, 1.2))
-    done.append(ratio(f"no target: eager_functional {cpu}", "eager_functional", own, 1.0))
-    done.append(ratio(f"no target: compile_functional {cpu}", "compile_functional", own, 1.0))
-    done.append(
-        ratio(f"0.2 of the peak memory of eager_shared {cpu}", "eager_shared", own, 0.2,
-              quantity="peak_mib", most=True)
-    )  # fmt: skip
-    for (name, shape), aim in zip(LARGE.items(), (1.8, 2.5), strict=True):
-        own = shape if device == "cuda" else (0, 0)
+def targets(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool | None]]:
+    """Aims of the joint loss, and results."""
+    same = {"operation": "vitask", "pass": "both"}
+    cpu = same | {"device": "cpu"} | dict(zip(("hidden", "vocab"), CPU_TARGET, strict=True))
+    where = "on a CPU, 512 × 512 × 32,000"
+    aims = [
+        Aim(f"{text} {where}", "ours", (name,), aim, cpu)
+        for text, name, aim in (
+            ("1.5 × eager_shared", "eager_shared", 1.5),
+            ("1.2 × compile", "compile", 1.2),
+            ("no target: eager_functional", "eager_functional", 1.0),
+            ("no target: compile_functional", "compile_functional", 1.0),
+        )
+    ]
+    memory = "of the peak memory of eager_shared"
+    eager = ("eager_shared",)
+    aims.append(Aim(f"0.2 {memory} {where}", "ours", eager, 0.2, cpu, "peak_mib", most=True))
+    for (name, (hidden, vocab)), aim in zip(LARGE.items(), (1.8, 2.5), strict=True):
+        gpu = same | {"device": "cuda", "hidden": hidden, "vocab": vocab}
         where = f"on a GPU, {name}, 512 rows or more"
-        done.append(ratio(f"{aim} × eager_shared {where}", "eager_shared", own, aim))
-        done.append(ratio(f"1.2 × compile {where}", "compile", own, 1.2))
-        done.append(ratio(f"1.3 × the best of Liger {where}", LIGER, own, 1.3))
-        done.append(
-            ratio(f"0.3 of the peak memory of eager_shared {where}", "eager_shared", own, 0.3,
-                  quantity="peak_mib", most=True)
-        )  # fmt: skip
-        shares = values("ours", "share_of_limit", *own, 2048)
-        text = f"0.8 of the limit on a GPU, {name}, 2048 rows or more"
-        worst = min(shares.values(), default=None)
-        if worst is None:
-            done.append((text, "–", None))
-        else:
-            done.append((text, f"{worst:.2f}", worst >= 0.8))
-    return done
+        aims += [
+            Aim(f"{aim} × eager_shared {where}", "ours", eager, aim, gpu, least_rows=512),
+            Aim(f"1.2 × compile {where}", "ours", ("compile",), 1.2, gpu, least_rows=512),
+            Aim(f"1.3 × the best of Liger {where}", "ours", LIGER, 1.3, gpu, least_rows=512),
+            Aim(
+                f"0.3 {memory} {where}", "ours", eager, 0.3, gpu, "peak_mib",
+                most=True, least_rows=512,
+            ),
+            Aim(
+                f"0.8 of the limit on a GPU, {name}, 2048 rows or more", "ours", (), 0.8, gpu,
+                "share_of_limit", least_rows=2048,
+            ),
+        ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    return [aim.check(frame, "implementation", "rows") for aim in aims]
 
 
 SUITE = MachineSuite(COLUMNS, __doc__ or "", measure)

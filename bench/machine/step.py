@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bench.machine.speed import Clock, Spread, interleaved, peak_mib
+from bench.machine.tables import Aim
 from bench.suite import MachineSuite, Measured
 from kernels import IGNORE_INDEX, crt_loss, rda_loss, response_loss
 from vitask.branches import (
@@ -258,44 +260,24 @@ class Bench:
 
 
 def targets(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool | None]]:
-    """What was aimed at and what came out, the worst batch of a shape."""
-    found: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
-    for row in rows:
-        place = found.setdefault((row["shape"], row["batch"]), {})
-        place.setdefault(row["variant"], {})[row["quantity"]] = row["value"]
-
-    def ratio(
-        text: str, shape: str, above: str, below: str, aim: float, *,
-        quantity: str = "milliseconds", most: bool = False, device: str = "cpu",
-    ) -> tuple[str, str, bool | None]:  # fmt: skip
-        there = {row["device"] for row in rows}
-        values = [
-            variants[above][quantity] / variants[below][quantity]
-            for (name, _), variants in found.items()
-            if name == shape and device in there
-        ]
-        if not values:
-            return text, "–", None
-        worst = max(values) if most else min(values)
-        return text, f"{worst:.2f}", worst <= aim if most else worst >= aim
-
-    ours = "shared_stage2"
-    done = [
-        ratio("mid, CPU: stage 2 at most 1.3 × vanilla", "mid", ours, "vanilla", 1.3, most=True),
-        ratio("mid, CPU: 4 × faster than naive", "mid", "naive", ours, 4.0),
-        ratio("mid, CPU: 2.4 × faster than three forwards", "mid", "three_forwards", ours, 2.4),
-        ratio("mid, CPU: scoring 14 × batch 1", "mid", "score_batch1", "score_trie", 14.0),
-        ratio("mid, CPU: scoring 7 × batched", "mid", "score_batched", "score_trie", 7.0),
-        ratio("pocket: about 1.2 × three forwards", "pocket", "three_forwards", ours, 1.2),
+    """Aims and results."""
+    ours, scoring = "shared_stage2", "score_trie"
+    mid, pocket = ({"shape": name, "device": "cpu"} for name in ("mid", "pocket"))
+    aims = [
+        Aim("mid, CPU: stage 2 at most 1.3 × vanilla", ours, ("vanilla",), 1.3, mid, most=True),
+        Aim("mid, CPU: 4 × faster than naive", ours, ("naive",), 4.0, mid),
+        Aim("mid, CPU: 2.4 × faster than three forwards", ours, ("three_forwards",), 2.4, mid),
+        Aim("mid, CPU: scoring 14 × batch 1", scoring, ("score_batch1",), 14.0, mid),
+        Aim("mid, CPU: scoring 7 × batched", scoring, ("score_batched",), 7.0, mid),
+        Aim("pocket: about 1.2 × three forwards", ours, ("three_forwards",), 1.2, pocket),
     ]
-    for shape, aim in (("InternVL2-2B", 2.6), ("InternVL3-1B", 3.2)):
-        text = f"{shape}, GPU: {aim} × faster than naive"
-        done.append(ratio(text, shape, "naive", ours, aim, device="cuda"))
-        text = f"{shape}, GPU: 0.25 of naive's peak memory"
-        done.append(
-            ratio(text, shape, ours, "naive", 0.25, quantity="peak_mib", most=True, device="cuda")
-        )
-    return done
+    for name, aim in (("InternVL2-2B", 2.6), ("InternVL3-1B", 3.2)):
+        gpu = {"shape": name, "device": "cuda"}
+        aims.append(Aim(f"{name}, GPU: {aim} × faster than naive", ours, ("naive",), aim, gpu))
+        text = f"{name}, GPU: 0.25 of naive's peak memory"
+        aims.append(Aim(text, ours, ("naive",), 0.25, gpu, "peak_mib", most=True))
+    frame = pd.DataFrame(rows)
+    return [aim.check(frame, "variant", "batch") for aim in aims]
 
 
 SUITE = MachineSuite(COLUMNS, __doc__ or "", measure)

@@ -1,7 +1,8 @@
 """Runs a machine suite and writes its table: OUT/<suite>/<device>.csv, .md and .json."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,38 @@ from bench.runs.files import write_text
 from bench.suite import Measured, machine_suite
 
 LIBRARIES = ("torch", "triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy")
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A ratio to reach, at every row count or batch of a shape; the worst one counts.
+
+    ours, theirs: implementations; the best of `theirs` counts, none for a quantity's own value
+    where: columns and their values; most: ours over theirs at most, else theirs over ours at least
+    """
+
+    text: str
+    ours: str
+    theirs: tuple[str, ...]
+    aim: float
+    where: Mapping[str, Any]
+    quantity: str = "milliseconds"
+    most: bool = False
+    least_rows: int = 0
+
+    def check(self, frame: pd.DataFrame, names: str, sizes: str) -> tuple[str, str, bool | None]:
+        """(text, result, whether it was reached: None if not measured)"""
+        for column, value in (self.where | {"quantity": self.quantity}).items():
+            frame = frame[frame[column] == value]
+        frame = frame[frame[sizes] >= self.least_rows]
+        values = frame.pivot_table(index=sizes, columns=names, values="value")
+        theirs = [name for name in self.theirs if name in values]
+        if self.ours not in values or len(theirs) < bool(self.theirs):
+            return self.text, "–", None
+        best = values[theirs].min(axis=1) if theirs else 1.0
+        ratios = values[self.ours] / best if self.most or not theirs else best / values[self.ours]
+        worst = float(ratios.max() if self.most else ratios.min())
+        return self.text, f"{worst:.2f}", worst <= self.aim if self.most else worst >= self.aim
 
 
 def run_machine_suite(

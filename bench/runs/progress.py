@@ -2,20 +2,10 @@
 
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Protocol
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import (
-    Progress as Bar,
-)
 
 QUIET_SECONDS = 10.0  # between two lines without a terminal, but for finished models
 
@@ -42,13 +32,8 @@ class Progress:
         self._console = console or Console(stderr=True)
         self._units, self._done, self._clock = units, 0.0, clock
         self._start, self._said = clock(), float("-inf")
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+        self._bar = rich_progress.Progress(
+            *rich_progress.Progress.get_default_columns(),
             console=self._console,
             disable=not self._console.is_terminal,
             speed_estimate_period=600,
@@ -59,12 +44,7 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def advance(self, units: float, text: str, *, finished: bool = False) -> None:

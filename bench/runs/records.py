@@ -189,20 +189,15 @@ def read_samples(path: Path) -> dict[str, Samples]:
     except (OSError, pa.ArrowInvalid, ValueError) as error:
         raise ValueError(f"{path} is not a whole samples file ({error})") from error
     found = {}
-    names = table["dataset"].to_pylist()
-    for name in dict.fromkeys(names):
-        rows = table.filter(pa.compute.equal(table["dataset"], name))
-        generated, groups = rows["generated"].to_pylist(), rows["group"].to_pylist()
-        labels = np.array(rows["label"].to_pylist(), dtype=np.int64)
+    for name in dict.fromkeys(table["dataset"].to_pylist()):
+        rows = table.filter(pa.compute.equal(table["dataset"], name)).to_pydict()
+        labels = np.array(rows["label"], dtype=np.int64)
+        log_p = np.array(rows["log_probability"], dtype=np.float64)
+        written = None if rows["generated"][0] is None else rows["generated"]
         found[name] = Samples(
-            ids=np.array(rows["id"].to_pylist()),
+            ids=np.array(rows["id"]),
             labels=labels[:, 0] if labels.shape[1] == 1 else labels,
-            groups=None if groups[0] is None else np.array(groups),
-            prediction=Prediction(
-                dataset=name,
-                kind=rows["kind"][0].as_py(),
-                log_probability=np.array(rows["log_probability"].to_pylist(), dtype=np.float64),
-                generated=None if generated[0] is None else generated,
-            ),
+            groups=None if rows["group"][0] is None else np.array(rows["group"]),
+            prediction=Prediction(name, rows["kind"][0], log_p, written),
         )
     return found

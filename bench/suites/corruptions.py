@@ -20,7 +20,8 @@ from bench.stats.metrics import measure
 from bench.stats.resampling import interval
 from bench.suite import FOUR, Metric, Outcome, Suite, pick
 from vitask.data import corruption as medmnist_c
-from vitask.data.spec import Dataset, Split
+from vitask.data.corruption import MARK, base_of, described
+from vitask.data.spec import Dataset
 from vitask.data.subset import subset
 from vitask.decision import scored
 from vitask.prompts import candidates
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from bench.runs.plan import Plan
     from bench.runs.records import Record
 
-MARK = "+"  # between a dataset's name and its corruption's
 LOST = (
     ("lost", "Balanced accuracy lost against the clean images"),
     ("be", "MedMNIST-C's balanced error relative to AlexNet's"),
@@ -40,10 +40,6 @@ LOST = (
 BY_SEVERITY = (
     "Balanced accuracy by severity, mean over corruptions and seeds, and its 95 % interval"
 )
-
-
-def base_of(dataset: str) -> str:
-    return dataset.partition(MARK)[0]
 
 
 class Corruptions(Suite):
@@ -75,7 +71,7 @@ class Corruptions(Suite):
             clean = subset(dataset, test=plan.recipe.corrupted_limit)
             found[name] = clean
             for corruption in medmnist_c.split_listed(dataset.spec)[0]:
-                own = _described(clean, corruption)
+                own = described(clean, corruption)
                 found[own.spec.name] = own
         return found
 
@@ -116,20 +112,6 @@ class Corruptions(Suite):
             lines += [f"| {' | '.join(row)} |" for row in lacking]
             found.append(("Of MedMNIST-C, but not available here", "\n".join(lines)))
         return found
-
-
-def _described(clean: Dataset, corruption: str) -> Dataset:
-    """Labels, ids and groups of a corrupted set, over a black image that takes no memory."""
-    test = clean.splits["test"]
-    severities = medmnist_c.SEVERITIES
-    split = Split(
-        np.broadcast_to(np.uint8(0), (severities * len(test), *test.images.shape[1:])),
-        np.concatenate([test.labels] * severities),
-        np.array([f"{i}@{severity + 1}" for severity in range(severities) for i in test.ids]),
-        np.concatenate([test.ids if test.groups is None else test.groups] * severities),
-    )
-    spec = replace(clean.spec, name=f"{clean.spec.name}{MARK}{corruption}")
-    return replace(clean, spec=spec, splits=clean.splits | {"test": split})
 
 
 def _answers(

@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from bench.runs.work import Tuned, Work
 from bench.suite import FOUR, Metric, Outcome, Suite
+from vitask.parameters import parameters
 
 MEASURED = ("training_seconds", "training_peak_mib", "images_per_second")
 ROUNDS = 5
@@ -56,7 +56,7 @@ class Cost(Suite):
                 model = tuned[kind].model
                 notes[method] = [tuned[kind].note, *([tsm.note] if kind == "vitask" else [])]
                 answers[method] = partial(model.predict, name, exemplar=exemplar)
-            costs[method] = _parameters(model, tsm.model, exemplar=exemplar)
+            costs[method] = parameters(model, tsm.model, exemplar=exemplar)
         rates = _rates(answers, dataset.splits["test"].images[:IMAGES])
         for method, values in costs.items():
             values["training_seconds"] = sum(note["seconds"] for note in notes[method])
@@ -64,24 +64,6 @@ class Cost(Suite):
             values["images_per_second"] = rates[method]
             extras = {"changed": notes[method][0]["changed"]}
             yield Outcome(method, [], extras, values={"all datasets": values}, measured=MEASURED)
-
-
-def _parameters(model: Any, tsm: torch.nn.Module, *, exemplar: bool) -> dict[str, float]:
-    """Parameters that are trained, and that an answer needs. model: None for the TSM alone."""
-    small = _count(tsm)
-    if model is None:
-        return {"parameters_trained": float(small), "parameters_total": float(small)}
-    adapter = model.vlm.adapter
-    lora = sum(p.numel() for name, p in adapter.named_parameters() if "lora_" in name)
-    with_tsm = 0 if model.connector is None else _count(model.connector) + small
-    return {
-        "parameters_trained": float(lora + with_tsm),
-        "parameters_total": float(_count(adapter) + (with_tsm if exemplar else 0)),
-    }
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _rates(answers: dict[str, Answer], images: np.ndarray) -> dict[str, float]:

@@ -9,6 +9,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -17,9 +18,10 @@ import numpy as np
 from PIL import Image
 
 from vitask.data.medmnist import MODALITY
-from vitask.data.spec import DatasetSpec
+from vitask.data.spec import Dataset, DatasetSpec, Split
 
 SEVERITIES = 5
+MARK = "+"  # between a dataset's name and its corruption's
 SIDE = 224  # pixels, of the images that the severities are made for
 PICKLED = {"stain_deposit": "its inks are a pickled file, and nothing is unpickled here"}
 INSTALL = (
@@ -127,3 +129,21 @@ def relative_errors(
         name: (error / alexnet[name], (error - clean) / (alexnet[name] - base))
         for name, error in errors.items()
     }
+
+
+def base_of(dataset: str) -> str:
+    """The dataset that was corrupted."""
+    return dataset.partition(MARK)[0]
+
+
+def _described(clean: Dataset, corruption: str) -> Dataset:
+    """Labels, ids and groups of a corrupted set, over a black image that takes no memory."""
+    test = clean.splits["test"]
+        split = Split(
+        np.broadcast_to(np.uint8(0), (SEVERITIES * len(test), *test.images.shape[1:])),
+        np.concatenate([test.labels] * SEVERITIES),
+        np.array([f"{i}@{severity + 1}" for severity in range(SEVERITIES) for i in test.ids]),
+        np.concatenate([test.ids if test.groups is None else test.groups] * SEVERITIES),
+    )
+    spec = replace(clean.spec, name=f"{clean.spec.name}{MARK}{corruption}")
+    return replace(clean, spec=spec, splits=clean.splits | {"test": split})

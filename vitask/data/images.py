@@ -1,5 +1,6 @@
 """Image files of users -> uint8 arrays of one size. The only place that opens such files."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -47,3 +48,19 @@ def _eight_bit(image: Image.Image) -> Image.Image:
             "expected 8 or 16 bits a pixel: convert it first"
         )
     return Image.fromarray((values / 257).round().astype(np.uint8))
+
+
+def image_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Sorted paths of all images, relative to the folder, and notes on skipped ones."""
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}; expected a folder of images")
+    skipped: list[str] = []
+    walk = os.walk(folder, onerror=lambda error: skipped.append(str(error)))
+    paths = (Path(place, name).relative_to(folder) for place, _, names in walk for name in names)
+    found = [path for path in paths if path.name.lower().endswith(ENDINGS)]
+    files = sorted(path for path in found if not any(p.startswith(".") for p in path.parts))
+    if hidden := len(found) - len(files):
+        skipped.append(f"{hidden} hidden image file(s)")
+    if not files:
+        raise ValueError(f"no image in {folder}; expected files ending in {', '.join(ENDINGS)}")
+    return files, skipped
