@@ -1,7 +1,7 @@
 """The plain three forwards of a VITask step: base, exemplar and negative branch, one row each.
 
-The reference that everything faster is held against, and the way for what changes the prefix
-itself (`rep`).
+The reference that faster implementations are tested against, and the way for methods that change
+the prefix itself (`rep`).
 
     base      [before | image i          | after | response i]     p(y_i | v_i, x_i)
     exemplar  [before | image i exemplar | after | response i]     p(y_i | v_i, e_i, x_i)
@@ -20,12 +20,13 @@ from vitask.vlm import VLM, Prompt
 
 
 class BatchInputs(NamedTuple):
-    """The rows of one training step.
+    """What one training step takes, one row a sample.
 
     prompts, responses: token ids, one each per row
-    image:    (rows, image_tokens, hidden), frozen features
+    image:    (rows, image_tokens, hidden), or pixel values before `TuningStep` makes them tokens
     exemplar: TSM features (rows, features) or (rows, tokens, features); None without exemplar
-    negative: the row whose image is this row's negative, -1 for none; None without CRT
+    negative: int64 (rows,), the row whose image is this row's negative, -1 for none; None
+        without CRT
     """
 
     prompts: Sequence[Prompt]
@@ -36,13 +37,13 @@ class BatchInputs(NamedTuple):
 
 
 class BranchRows(NamedTuple):
-    """Hidden rows at the response positions only: the arguments of the joint loss.
+    """Hidden states at the response positions only: the arguments of the joint loss.
 
-    hidden:          (rows, hidden), row t predicts labels[t]
-    labels:          (rows,)
+    hidden:          (rows, hidden); row t predicts labels[t]
+    labels:          int64 (rows,), token ids
     exemplar_hidden: (rows, hidden) or None
     negative_hidden: (negatives, hidden) or None
-    negative_rows:   (negatives,) the rows of `hidden` that have a negative, or None
+    negative_rows:   int64 (negatives,), the rows of `hidden` that have a negative, or None
     """
 
     hidden: Tensor
@@ -81,8 +82,8 @@ def response_hidden(
 ) -> tuple[Float[Tensor, "rows hidden"], Int[Tensor, " rows"], Int[Tensor, " rows"]]:
     """Hidden states that predict each response token, the tokens, and the sample of each row.
 
-    Rows stand in sample order. Response token k of a prompt of P tokens is predicted at position
-    P - 1 + k; the last response token is no input.
+    Rows are in sample order. Response token k after a prompt of P tokens is predicted at position
+    P - 1 + k, so the last response token is not an input.
     """
     inputs = [[*response[:-1]] for response in responses]
     embeddings, lengths = prompt_embeddings(vlm, prompts, image_tokens, inputs)
@@ -104,7 +105,7 @@ def prompt_embeddings(
     *,
     padding: Literal["left", "right"] = "right",
 ) -> tuple[Float[Tensor, "batch tokens hidden"], list[int]]:
-    """[before | image tokens | after | continuation], padded; and the prompts' lengths."""
+    """Embeddings of [before | image tokens | after | continuation], padded; prompt lengths."""
     count = image_tokens.shape[1]
     rows = [
         [*p.before, *([0] * count), *p.after, *c]

@@ -1,9 +1,9 @@
-"""A tuned model as a whole: VLM with adapters, exemplar connector, TSM, and what it was tuned on.
+"""A tuned model as a whole: VLM with adapters, exemplar connector, TSM, and its tasks.
 
 model = VITask.from_pretrained("leaderboards/pocket-phantom/checkpoints/vitask-seed0")
 model.predict("breastmnist", images)                      # with the TSM's exemplar
 model.predict("breastmnist", images, exemplar=False)      # the VLM alone
-model.plug(other_tsm)                                     # another TSM, nothing tuned
+model.plug(other_tsm)                                     # another TSM, without tuning
 """
 
 import json
@@ -29,7 +29,7 @@ from vitask.score import generate, response_log_probabilities
 from vitask.tsm import TSM
 from vitask.vlm import VLM
 
-FORMAT = 2  # of vitask.json; 1 had another field of the recipe for every source of data
+FORMAT = 2  # of vitask.json; in format 1 the recipe has fields for each source of data
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,20 @@ class VITask:
         return feature_kind(self.recipe.variant)
 
     def plug(self, tsm: TSM) -> "VITask":
-        """The same model with another TSM behind the same connector; nothing is tuned."""
+        """The same model with another TSM before the same connector, without tuning.
+
+        ValueError if the model has no connector, or if the TSM's features have another width.
+        """
         if self.connector is None:
-            raise ValueError("this model was tuned without exemplar: no connector to plug into")
+            raise ValueError(
+                "this model was tuned without exemplars, so it has no connector for a TSM; plug "
+                "into a model that was tuned with exemplar=True"
+            )
         width = tsm.feature_size(self.feature_kind)
         if width != self.connector.features:
             raise ValueError(
                 f"{tsm.name} gives features of width {width}, the connector was trained for "
-                f"{self.connector.features}; plug in a model of the same width"
+                f"{self.connector.features}; plug in a TSM of the same width"
             )
         return VITask(self.vlm, self.recipe, self.tasks, tsm=tsm, connector=self.connector)
 
@@ -92,10 +98,12 @@ class VITask:
     def predict(
         self, dataset: str, images: np.ndarray, *, exemplar: bool | None = None
     ) -> Float[np.ndarray, "images candidates"]:
-        """Probability of each answer of `dataset` (in the order of `tasks[dataset].candidates`).
+        """Probability of each candidate, in the order of `tasks[dataset].candidates`.
 
-        images: uint8 (n, h, w) or (n, h, w, 3). exemplar: with the TSM's exemplar in the prompt;
-        by default wherever there is a TSM.
+        images:   uint8 (n, h, w) or (n, h, w, 3)
+        exemplar: whether the TSM's exemplar is in the prompt; None: if the model has a TSM
+
+        ValueError for an unknown dataset, and for an exemplar without a TSM.
         """
         scores = self.score(dataset, self.image_tokens(images, exemplar=exemplar))
         shifted = np.exp(scores - scores.max(-1, keepdims=True))
@@ -104,7 +112,7 @@ class VITask:
     def image_tokens(
         self, images: np.ndarray, *, exemplar: bool | None = None
     ) -> Float[Tensor, "images tokens hidden"]:
-        """What stands at the image's place in the prompt, with or without exemplar tokens."""
+        """The tokens at the image's place in the prompt, with or without exemplar tokens."""
         wanted = self.tsm is not None if exemplar is None else exemplar
         image = self.vlm.image_features(images)
         if not wanted:
@@ -120,9 +128,10 @@ class VITask:
 
     @torch.no_grad()
     def image_inputs(self, image: Tensor) -> Float[Tensor, "images image_tokens hidden"]:
-        """What `tune` was given for some images -> their image tokens.
+        """The `image` features that `tune` was given -> image tokens, on the CPU.
 
-        Kept features are these already; where vision was trained, pixel values become them now.
+        They are image tokens already, except where vision was trained: then they are pixel values,
+        (images, 3, height, width).
         """
         if self.recipe.trained == "adapters":
             return image
@@ -141,7 +150,10 @@ class VITask:
     def exemplar_tokens(self, features: Tensor) -> Float[Tensor, "images exemplar_tokens hidden"]:
         """TSM features through the connector."""
         if self.connector is None:
-            raise ValueError("this model was tuned without exemplar: it has no connector")
+            raise ValueError(
+                "this model was tuned without exemplars, so it has no connector; ask without the "
+                "exemplar"
+            )
         device = self.connector.linear_1.weight.device
         parts = [self.connector(part.to(device)).cpu() for part in features.split(1024)]
         return torch.cat(parts)
@@ -149,7 +161,7 @@ class VITask:
     def score(
         self, dataset: str, tokens: Float[Tensor, "images tokens hidden"]
     ) -> Float[np.ndarray, "images candidates"]:
-        """Log-probability of every candidate answer, summed over its response tokens, in nats."""
+        """Log-probability of every candidate, summed over its response tokens, in nats."""
         return self._scores(dataset, tokens, None)[0]
 
     def score_both(
@@ -158,8 +170,11 @@ class VITask:
         image: Float[Tensor, "images image_tokens hidden"],
         features: Tensor,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores without and with exemplar, from one pass wherever both share the image tokens."""
-        if self.recipe.variant == "rep":  # the exemplar stands in the image's place
+        """Scores without and with exemplar, from one pass where both share the image tokens.
+
+        features: of the TSM, (images, features) or (images, tokens, features)
+        """
+        if self.recipe.variant == "rep":  # the exemplar replaces the image
             tokens = self.tokens(image, features)
             return self.score(dataset, image), self.score(dataset, tokens)
         without, with_exemplar = self._scores(dataset, image, self.exemplar_tokens(features))
@@ -191,7 +206,7 @@ class VITask:
     def _task(self, dataset: str) -> Task:
         if dataset not in self.tasks:
             known = ", ".join(self.tasks)
-            raise ValueError(f"this model knows no dataset {dataset!r}; it was tuned on {known}")
+            raise ValueError(f"this model has no dataset {dataset!r}; it was tuned on {known}")
         return self.tasks[dataset]
 
     # On disk
@@ -199,19 +214,19 @@ class VITask:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter, connector, TSM, recipe, tasks and processor; the base VLM by name.
 
-        Safetensors and JSON only. The folder appears whole or not at all; ValueError for one that
-        holds other things.
+        Safetensors and JSON only. The folder appears whole or not at all. An earlier checkpoint in
+        it is replaced; ValueError for a folder that holds anything else.
         """
         folder = Path(folder)
         if folder.exists() and not (folder / "vitask.json").is_file() and any(folder.iterdir()):
             raise ValueError(
-                f"{folder} holds something else than a checkpoint; expected a new or empty folder, "
-                "or one that save_pretrained wrote, which is replaced"
+                f"{folder} holds files that are not a checkpoint; expected a new or empty folder, "
+                "or a checkpoint, which is replaced"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         unfinished.chmod(0o755)
-        # The vocabulary is never changed, so peft need not look the base model up to see.
+        # The vocabulary never changes, so peft need not look up the base model to check.
         self.vlm.adapter.save_pretrained(unfinished / "adapter", save_embedding_layers=False)
         self.vlm.processor.save_pretrained(unfinished / "processor")
         if self.connector is not None:
@@ -233,12 +248,15 @@ class VITask:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str = "cpu") -> "VITask":
-        """Read what `save_pretrained` wrote. Scores are bit-equal to those before saving."""
+        """Read a checkpoint of this or an earlier format. Scores are bit-equal to those saved.
+
+        ValueError if the folder has no checkpoint, or one of a newer format.
+        """
         folder = Path(folder)
         if not (folder / "vitask.json").is_file():
             raise ValueError(
-                f"no checkpoint at {folder}; expected a folder with vitask.json, as "
-                "save_pretrained and `python -m bench run` write it"
+                f"no checkpoint at {folder}; expected a folder with vitask.json, written by "
+                "save_pretrained or `python -m bench run`"
             )
         card = json.loads((folder / "vitask.json").read_text())
         if card.get("format") not in range(1, FORMAT + 1):

@@ -19,10 +19,10 @@ def feature_kind(variant: str) -> Literal["cls", "all"]:
 
 
 class ExemplarConnector(nn.Module):
-    """LayerNorm, Linear, GELU, Linear: as the VLM's own connector.
+    """LayerNorm, Linear, GELU, Linear: the same layers as the VLM's connector.
 
-    The only new parameters of the method; the paper's "learnable vision-language connector"
-    (section 3.1). Input features (..., features) in float32, output in the embedding's space.
+    The only new parameters of the method: the "learnable vision-language connector" of arXiv
+    2410.06456, section 3.1. Float32 features of width `features` become tokens of width `hidden`.
     """
 
     def __init__(self, features: int, hidden: int) -> None:
@@ -34,17 +34,17 @@ class ExemplarConnector(nn.Module):
 
     @property
     def features(self) -> int:
-        """Width of the TSM features that it takes."""
+        """Width of the TSM features."""
         return self.linear_1.in_features
 
     def forward(
         self, features: Float[Tensor, "batch *any features"]
     ) -> Float[Tensor, "batch tokens hidden"]:
-        """(batch, features) gives one exemplar token, (batch, tokens, features) as many."""
+        """(batch, features) gives one exemplar token, (batch, tokens, features) one a token."""
         if features.shape[-1] != self.features:
             raise ValueError(
-                f"the task-specific model gives features of width {features.shape[-1]}, the "
-                f"connector was trained for {self.features}; plug in a model of the same width"
+                f"the task-specific model (TSM) gives features of width {features.shape[-1]}, the "
+                f"connector was trained for {self.features}; plug in a TSM of the same width"
             )
         if features.ndim == 2:
             features = features[:, None]
@@ -56,7 +56,7 @@ def image_and_exemplar(
     exemplar: Float[Tensor, "batch exemplar_tokens hidden"] | None,
     variant: str,
 ) -> Float[Tensor, "batch tokens hidden"]:
-    """What stands at the image's place in the prompt: with or without its exemplar."""
+    """The tokens at the image's place in the prompt, with or without an exemplar."""
     if exemplar is None:
         return image
     exemplar = exemplar.to(image.dtype)

@@ -1,4 +1,4 @@
-"""Frozen features of every image: computed once, kept, shared by all branches and methods."""
+"""Frozen features of every image: computed once, cached, shared by all branches and methods."""
 
 import shutil
 import weakref
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from vitask.data.spec import Dataset
 
-CHUNK = 1024  # images that are computed at once when their features go to disk
+CHUNK = 1024  # images computed at once when their features go to disk
 
 
 class Features:
     """Features of the splits of some datasets, on the CPU.
 
     compute: uint8 images (n, h, w[, 3]) -> (n, ...) of a frozen model, without augmentation
-    memory_mib: what they may take of memory, all together; splits beyond it are kept in files
-        under `folder` (None: the system's place for temporary files) and memory-mapped. The files
-        go when the features do.
+    memory_mib: memory for all of them together; splits that do not fit go to files under `folder`
+        (None: the system's temporary folder), which are memory-mapped. The files are deleted with
+        this object.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Features:
         self._files: str | None = None
 
     def __call__(self, dataset: str, split: str) -> Tensor:
-        """Features of a split ("train", "val", "test"), in the order of its images."""
+        """Features of a split, "train", "val" or "test", in the order of its images: (n, ...)."""
         key = (dataset, split)
         if key not in self._cached:
             images = self._datasets[dataset].splits[split].images
@@ -54,7 +54,7 @@ class Features:
         return self._cached[key]
 
     def _on_disk(self, name: str, images: np.ndarray, one: Tensor) -> Tensor:
-        """Computed in chunks, straight into a file that is mapped into memory."""
+        """Features computed in chunks, straight into a memory-mapped file."""
         if self._files is None:
             self._files = mkdtemp(prefix=".features-", dir=self._place)
             weakref.finalize(self, shutil.rmtree, self._files, ignore_errors=True)
@@ -68,7 +68,7 @@ class Features:
 
 
 class Joined:
-    """Several tensors (n, ...) read as one, without copying what is not asked for."""
+    """Several tensors (n, ...) that read as one; only the requested rows are copied."""
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self._parts = list(parts)
@@ -78,7 +78,7 @@ class Joined:
         return int(self._ends[-1])
 
     def __getitem__(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """The rows of these numbers, (len(rows), ...)."""
+        """The rows with these numbers, (len(rows), ...)."""
         numbers = np.asarray(rows)
         part = np.searchsorted(self._ends, numbers, side="right")
         starts = self._ends - [len(p) for p in self._parts]

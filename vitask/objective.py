@@ -1,4 +1,4 @@
-"""What is minimised: which losses, with which weights, in which stage.
+"""The objective: which losses, with which weights, in which stage.
 
 Stage 1:  L = Van + EP + alpha RDA
 Stage 2:  L = Van + EP + alpha RDA + beta CRT        (arXiv 2410.06456, section 3.4)
@@ -13,21 +13,21 @@ from vitask.vlm import VLM
 
 
 class Weights(NamedTuple):
-    """alpha and beta of a stage."""
+    """alpha (RDA) and beta (CRT) of a stage."""
 
     rda: float
     crt: float
 
 
 def stage_weights(recipe: Recipe, stage: int) -> Weights:
-    """CRT enters in stage 2; everything else is the same in both."""
+    """CRT enters in stage 2; the other losses are the same in both stages."""
     return Weights(rda=recipe.rda_weight, crt=recipe.crt_weight if stage == 2 else 0.0)
 
 
 def joint_loss(
     vlm: VLM, rows: BranchRows, weights: Weights, *, detach_exemplar: bool
 ) -> VITaskLosses:
-    """Each loss is the mean over its own counted rows; an absent branch costs nothing."""
+    """Losses in nats per response token, each the mean over its rows; 0 for an absent branch."""
     contrastive = weights.crt != 0
     return linear_vitask(
         rows.hidden,

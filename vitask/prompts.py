@@ -1,7 +1,7 @@
 """Instruction templates, and label <-> response text, both directions side by side.
 
-One text everywhere: training, scoring and generation build prompts from here, and the hash of
-what they built stands in every record.
+Training, scoring and generation build their prompts here, and every record holds the prompts'
+hash.
 """
 
 import math
@@ -16,20 +16,20 @@ import numpy as np
 from vitask.data.spec import DatasetSpec
 
 INSTRUCTION = "Analyze the given {modality} image. The possible diagnoses are: {labels}."
-SEPARATOR = "; "  # label names hold commas and brackets, never a semicolon
+SEPARATOR = "; "  # label names have commas and brackets, never semicolons
 NO_FINDING = "no finding"  # the multi-label answer when no label is present
-FREQUENT_LABEL_SETS = 64  # multi-label candidates beside the single labels
+FREQUENT_LABEL_SETS = 64  # multi-label candidates, besides the single labels
 
 
 def instruction(spec: DatasetSpec, form: str = "complete") -> str:
-    """The instruction of a dataset, with its list of possible diagnoses, or an incomplete form."""
+    """The instruction of a dataset in one of FORMS; "complete" lists the possible diagnoses."""
     template, names = FORMS[form]
     labels = (*spec.classes, NO_FINDING) if spec.multi_label else _answers(spec)
     return template.format(modality=spec.modality, labels=SEPARATOR.join(names(labels)))
 
 
 def _answers(spec: DatasetSpec) -> tuple[str, ...]:
-    """Single-label: what can be answered; the classes, where the question is not finer."""
+    """Single-label candidates: the finer answers where the dataset has them, else the classes."""
     return tuple(text for text, _ in spec.answers) or spec.classes
 
 
@@ -41,12 +41,12 @@ def _all(labels: Names) -> Names:
 
 
 def _first(share: float) -> Callable[[Names], Names]:
-    """The list cut off: its first labels, at least one and never all of several."""
+    """The first labels of the list, at least one and never all of several."""
     return lambda labels: labels[: max(1, math.floor(share * len(labels)))]
 
 
 def _shuffled(seed: int) -> Callable[[Names], Names]:
-    """Another order than the complete list's; of two labels there is only one."""
+    """Another order than the complete list's; two labels have only one."""
     return lambda labels: _other_order(labels, np.random.default_rng(seed))
 
 
@@ -57,8 +57,8 @@ def _other_order(labels: Names, rng: np.random.Generator) -> Names:
     return tuple(order)
 
 
-# Ways to ask: what a form leaves out or changes stands in its name. Template, and what becomes of
-# the list of labels.
+# Ways to ask, named after the part of the instruction that they leave out or change: a template,
+# and a function of the list of labels.
 FORMS: dict[str, tuple[str, Callable[[Names], Names]]] = {
     "complete": (INSTRUCTION, _all),
     "no_list": ("Analyze the given {modality} image.", _all),
@@ -80,43 +80,43 @@ def answer(spec: DatasetSpec, label: int | np.integer | np.ndarray) -> str:
     """Label -> answer text: a class name, or the present labels in dataset order."""
     if not spec.multi_label:
         return spec.classes[int(label)]
-    present = [name for name, there in zip(spec.classes, np.asarray(label), strict=True) if there]
+    present = [name for name, held in zip(spec.classes, np.asarray(label), strict=True) if held]
     return SEPARATOR.join(present) or NO_FINDING
 
 
 def response(text: str) -> str:
-    """Answer text -> what the model has to write; the end-of-turn token follows it."""
+    """Answer text -> the response that the model must write before its end-of-turn token."""
     return f"{text}."
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The answers among which a dataset's images are scored.
+    """The possible answers of a dataset: its images are scored among them.
 
     texts:   answer texts, without the final period
-    members: bool (candidates, classes): which labels an answer states
+    members: bool (candidates, classes), the labels that each answer states
     """
 
     texts: tuple[str, ...]
     members: np.ndarray
 
     def card(self) -> dict[str, list]:
-        """For JSON: the texts, and of each the numbers of the classes that it states."""
+        """As JSON: the texts as "answers", and as "members" the labels that each states."""
         members = [np.flatnonzero(row).tolist() for row in self.members]
         return {"answers": list(self.texts), "members": members}
 
     @classmethod
     def of_card(cls, card: Mapping[str, Any], classes: int) -> "Candidates":
-        """What `card` was made of; `classes` is the number of the dataset's classes."""
+        """The candidates of a card; `classes` is the dataset's number of classes."""
         members = np.zeros((len(card["answers"]), classes), dtype=bool)
         for row, stated in enumerate(card["members"]):
             members[row, stated] = True
         return cls(tuple(card["answers"]), members)
 
     def parse(self, text: str) -> int | None:
-        """Generated text -> candidate, or None for an invalid answer (never guessed).
+        """Generated text -> number of the candidate, or None for an invalid answer.
 
-        Case, runs of white space and the final period do not count; everything else does.
+        Case, runs of white space and the final period are ignored. Nothing else is guessed.
         """
         return {_normal(t): i for i, t in enumerate(self.texts)}.get(_normal(text))
 
@@ -134,7 +134,7 @@ class Candidates:
         return labels
 
     def coverage(self, labels: np.ndarray) -> float:
-        """Share of images whose very answer stands among the candidates; labels as in a Split."""
+        """Share of images whose exact answer is a candidate; labels as in a Split."""
         if labels.ndim == 1:
             return 1.0
         known = {row.tobytes() for row in self.members}
@@ -142,17 +142,19 @@ class Candidates:
 
 
 def candidates(spec: DatasetSpec, train_labels: np.ndarray) -> Candidates:
-    """The dataset's answers; for multi-label the 14 labels, none, and frequent label sets.
+    """The dataset's candidates; for multi-label the labels, "no finding" and frequent label sets.
 
-    The label sets are the 64 most frequent of two or more labels in the training part (ties:
-    in dataset order), so the test part has no say in what can be answered.
+    train_labels: int (n, classes) for multi-label, else not used
+
+    The label sets are the 64 most frequent sets of two or more labels in the train split (ties: in
+    dataset order). They do not depend on the test split.
     """
     single = np.eye(len(spec.classes), dtype=bool)
     if not spec.multi_label:
         of = [label for _, label in spec.answers] or list(range(len(spec.classes)))
         return Candidates(texts=_answers(spec), members=single[of])
     counts = Counter(tuple(row) for row in train_labels.astype(bool).tolist() if sum(row) > 1)
-    frequent = sorted(counts, key=lambda row: (-counts[row], [not there for there in row]))
+    frequent = sorted(counts, key=lambda row: (-counts[row], [not held for held in row]))
     members = np.concatenate(
         [
             single,

@@ -1,7 +1,7 @@
 """Every named experiment is a Python value here, derived from another with `replace`.
 
-A recipe holds all that decides a result but the seed and the data themselves; `asdict(recipe)`
-stands in every record. Names of the fields follow the paper's terms (arXiv 2410.06456).
+A recipe and a seed decide a result on given data; every record holds `asdict(recipe)`. The names
+of the fields follow the paper (arXiv 2410.06456).
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from typing import Any
 from vitask.data import medmnist, phantom
 from vitask.prompts import FORMS
 
-AT_LEAST = {
+AT_LEAST = {  # fields that count something, and their least values
     "train_limit": 1,
     "val_limit": 1,
     "corrupted_limit": 1,
@@ -35,10 +35,10 @@ def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What all experiments but the main one are made of: many models, so less of everything."""
+    """The size of the experiments that train many models: fewer datasets, images and epochs."""
 
     datasets: tuple[str, ...]
-    train_limit: int | None = None  # images per dataset, stratified by class; None: all
+    train_limit: int | None = None  # images of each dataset, stratified by class; None: all
     stage1_epochs: int = 1
     stage2_epochs: int = 1
     tsm_epochs: int = 30
@@ -50,11 +50,11 @@ SMALL = Study(datasets=("dermamnist", "retinamnist", "breastmnist"))
 
 @dataclass(frozen=True)
 class Source:
-    """What a recipe takes from one source of data.
+    """A recipe's datasets and seeds on one source of data.
 
-    datasets, seeds: of all experiments that are not a study
-    study:   what the studies take instead
-    samples: images drawn for train, val and test of each dataset; None where the source has files
+    datasets, seeds: names and random seeds, except in studies
+    study:   datasets, seeds and sizes of studies
+    samples: images drawn for train, val and test of each dataset; None where they come from files
     """
 
     datasets: tuple[str, ...]
@@ -76,12 +76,12 @@ class Recipe:
 
     name: str
 
-    # Data: datasets and seeds of each source, and how much of them is used.
+    # Data: datasets and seeds by source, and how many images are used.
     sources: Mapping[str, Source] = field(default_factory=_sources, hash=False)
     source_size: int = 28  # pixels: 28, 64, 128 or 224; never mixed in one table
-    train_limit: int | None = None  # images per dataset, stratified by class; None: all
+    train_limit: int | None = None  # images of each dataset, stratified by class; None: all
     val_limit: int | None = None
-    corrupted_limit: int | None = 200  # test images of each dataset that are corrupted
+    corrupted_limit: int | None = 200  # test images of each dataset to corrupt
 
     # Vision language model: "pocket", a folder, or a name on the hub.
     vlm: str = "pocket"
@@ -89,7 +89,7 @@ class Recipe:
     attention: str = "sdpa"  # sdpa | flex_attention (of the language model, on CUDA only)
     lora_rank: int = 16
     lora_alpha: int = 32
-    lora_dropout: float = 0.0  # above 0 only with step="three"
+    lora_dropout: float = 0.0  # more than 0 only with step="three"
 
     # Task-specific model: any timm name.
     tsm: str = "resnet18"
@@ -101,21 +101,22 @@ class Recipe:
     tsm_weight_decay: float = 0.05
 
     # Method.
-    instruction: str = "complete"  # how it is asked, in training and in scoring: prompts.FORMS
-    trained: str = "adapters"  # beside the adapters: connector (the VLM's own) | vision (and both)
+    instruction: str = "complete"  # one of prompts.FORMS, in training and in scoring
+    # adapters | connector: and the VLM's connector | vision: and the vision tower too
+    trained: str = "adapters"
     variant: str = "cls"  # exemplar tokens: cls | all | rep
-    exemplar: bool = True  # False: the loss EP and the connector are left out
+    exemplar: bool = True  # False: without the loss EP and the exemplar connector
     rda_weight: float = 1.0  # alpha
     crt_weight: float = 1.0  # beta, in stage 2
     detach_exemplar: bool = True  # False: the paper's RDA*
     stage1_epochs: int = 1
     stage2_epochs: int = 1
-    step: str = "shared"  # shared: one forward for all branches | three: one for each
-    feature_memory_mib: int = 4096  # kept features above it lie on disk, memory-mapped
+    step: str = "shared"  # shared: one forward for all branches | three: one each
+    feature_memory_mib: int = 4096  # features beyond it go to disk, memory-mapped
 
     # Optimisation of the VLM.
     learning_rate: float = 4e-5
-    vision_learning_rate: float = 1e-4  # of what is trained whole, without adapters
+    vision_learning_rate: float = 1e-4  # of modules trained whole, without adapters
     batch_size: int = 16
     weight_decay: float = 0.01
     warmup: float = 0.03  # share of all steps
@@ -131,7 +132,7 @@ class Recipe:
         _one_of("instruction", self.instruction, tuple(FORMS))
         _one_of("trained", self.trained, ("adapters", "connector", "vision"))
         _one_of("step", self.step, ("shared", "three"))
-        _one_of("source_size", self.source_size, (28, 64, 128, 224))
+        _one_of("source_size", self.source_size, medmnist.SIZES)
         if self.rda_weight and not self.exemplar:
             raise ValueError(
                 f"recipe {self.name!r} has rda_weight {self.rda_weight} without exemplar; "
@@ -140,20 +141,22 @@ class Recipe:
         if self.lora_dropout and self.step == "shared":
             raise ValueError(
                 f"recipe {self.name!r} has lora_dropout {self.lora_dropout} with step 'shared'; "
-                "the branches share one forward, so they would share what is dropped and no "
-                "longer be what three forwards compute: set lora_dropout=0 or step='three'"
+                "in one forward, all branches would drop the same values, so the result would "
+                "differ from three forwards: set lora_dropout=0 or step='three'"
             )
         if self.trained != "adapters" and self.step == "shared":
             raise ValueError(
-                f"recipe {self.name!r} trains {self.trained!r} with step 'shared'; what changes "
-                "the image tokens themselves goes through the plain forwards: set step='three'"
+                f"recipe {self.name!r} trains {self.trained!r} with step 'shared'; trained image "
+                "tokens need a forward for each branch: set step='three'"
             )
         for name, least in AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
         if self.epochs == 0:
-            raise ValueError(f"recipe {self.name!r} has no epochs; expected 1 in one stage or more")
+            raise ValueError(
+                f"recipe {self.name!r} has no epochs; expected at least 1 in one of the stages"
+            )
         if self.batch_size % 4:
             raise ValueError(
                 f"batch_size is {self.batch_size}; expected a multiple of 4, because batches are "
@@ -162,10 +165,10 @@ class Recipe:
 
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> "Recipe":
-        """The recipe whose `asdict` was written as JSON, by this version or by an earlier one.
+        """The recipe whose `asdict` this or an earlier version wrote as JSON.
 
-        Earlier versions had a field for each source and thing: `phantom_datasets`,
-        `medmnist_seeds`, ..., and `phantom_samples`.
+        Instead of `sources`, earlier versions had `phantom_datasets`, `medmnist_datasets`, and so
+        on for seeds and study, and `phantom_samples`.
         """
         known = dict(fields)
         if "sources" not in known:
@@ -181,7 +184,7 @@ class Recipe:
 
     @property
     def epochs(self) -> int:
-        """Epochs of both stages; vanilla tuning takes as many."""
+        """Epochs of both stages together; vanilla tuning takes the same number."""
         return self.stage1_epochs + self.stage2_epochs
 
     def datasets(self, source: str) -> tuple[str, ...]:
@@ -193,17 +196,17 @@ class Recipe:
         return self._source(source).seeds
 
     def samples(self, source: str) -> tuple[int, int, int] | None:
-        """Images drawn for train, val and test of each dataset; None for a source with files."""
+        """Images drawn for train, val and test of each dataset; None if they come from files."""
         return self._source(source).samples
 
     def study(self, source: str) -> "Recipe":
         """The same experiment at the size of its study on this source."""
         given = self._source(source)
         size = given.study
-        own = replace(given, datasets=size.datasets, seeds=size.seeds)
+        smaller = replace(given, datasets=size.datasets, seeds=size.seeds)
         return replace(
             self,
-            sources={**self.sources, source: own},
+            sources={**self.sources, source: smaller},
             train_limit=size.train_limit,
             stage1_epochs=size.stage1_epochs,
             stage2_epochs=size.stage2_epochs,
@@ -225,12 +228,12 @@ def _source_of_json(fields: Mapping[str, Any]) -> Source:
 
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with tuples for the lists that JSON made of them."""
+    """The fields with tuples again: JSON has lists only."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def vanilla(recipe: Recipe) -> Recipe:
-    """Plain instruction tuning on the same samples for the same epochs: Van alone (eq. 1)."""
+    """Plain instruction tuning, Van alone (eq. 1), on the same samples for the same epochs."""
     return replace(recipe, exemplar=False, rda_weight=0.0, crt_weight=0.0)
 
 
@@ -246,7 +249,7 @@ POCKET = Recipe(
         "medmnist": Source(
             datasets=("breastmnist", "retinamnist", "pneumoniamnist", "ham10000", "pbc_blood"),
             seeds=(0, 1, 2),
-            study=Study(  # all suites: some 140 minutes a seed on one core, four hours on two
+            study=Study(  # all suites: about 140 minutes a seed on one core
                 datasets=("breastmnist", "retinamnist", "pneumoniamnist", "ham10000"),
                 train_limit=400,
                 stage1_epochs=2,
@@ -255,7 +258,7 @@ POCKET = Recipe(
             ),
         ),
     },
-    tsm="test_resnet",  # better on validation data than ResNet-18 at 32 px, and faster
+    tsm="test_resnet",  # better on validation data than ResNet-18 at 32 pixels, and faster
     tsm_learning_rate=3e-3,
     train_limit=500,
     val_limit=200,
@@ -267,7 +270,7 @@ POCKET = Recipe(
 PAPER = Recipe(
     name="paper",
     source_size=224,
-    vlm="OpenGVLab/InternVL2_5-2B-MPO-hf",  # InternVL2-2B itself has no native checkpoint
+    vlm="OpenGVLab/InternVL2_5-2B-MPO-hf",  # InternVL2-2B has no native checkpoint
     precision="bfloat16",
     tsm="vit_base_patch16_224.augreg_in21k",
     tsm_pretrained=True,

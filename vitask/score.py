@@ -1,8 +1,8 @@
 """Images -> log-probability of every class's response, and generated text.
 
 Primary: constrained scoring. One forward scores every candidate of a batch of images, without and
-with exemplar: the prompt stands once, the candidates behind it as a trie, each distinct beginning
-once (`vitask/tree.py`):
+with exemplar. The row holds the prompt once, and the candidates after it as a trie that holds
+each distinct prefix once (`vitask/tree.py`):
 
     before  image ─┬─ after ── c ─┬─ a ── t ...
                    │              └─ o ── w ...
@@ -24,31 +24,31 @@ from vitask.branches import prompt_embeddings, response_hidden
 from vitask.tree import ROOT, Layout, Segment
 from vitask.vlm import VLM, Prompt
 
-LOGIT_BYTES = 64 * 2**20  # of a piece of logits: they are reduced before the next one is made
+LOGIT_BYTES = 64 * 2**20  # of one piece of logits; it is reduced before the next is made
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a method says about one dataset's images.
+    """A method's prediction for the images of one dataset.
 
-    kind "candidates": log_probability (n, candidates), one per possible answer
-    kind "labels":     log_probability (n, classes) of each label being present, for multi-label
-                       methods that judge every label by itself
-    generated: the greedily generated answers, None for methods that do not write
+    kind "candidates": log_probability float64 (n, candidates), in nats
+    kind "labels":     log_probability float64 (n, classes) that each label is present, for
+                       multi-label methods that judge every label separately
+    generated: n greedily generated answers; None for methods that do not write
     """
 
     dataset: str
     kind: str
-    log_probability: np.ndarray  # float64
+    log_probability: np.ndarray
     generated: list[str] | None = None
 
 
 class Trie:
-    """Responses as a tree of tokens: every distinct beginning is one node.
+    """Responses as a tree of tokens: every distinct prefix is one node.
 
-    parent: of each node, the node before it; 0 is the prompt's end, the root
-    token:  of each node, the token that it holds (the root has none)
-    way:    of each response, the nodes that predict its tokens, the root first
+    parent: for each node, the node before it; node 0 is the root, the prompt's end
+    token:  for each node, its token; -1 for the root
+    way:    for each response, the nodes that predict its tokens, the root first
     """
 
     def __init__(self, responses: Sequence[tuple[int, ...]]) -> None:
@@ -56,7 +56,7 @@ class Trie:
         self.way: list[list[int]] = []
         known: dict[tuple[int, ...], int] = {(): 0}
         for response in responses:
-            for end in range(1, len(response)):  # the last token is predicted, never read
+            for end in range(1, len(response)):  # the last token is predicted, not an input
                 if response[:end] not in known:
                     known[response[:end]] = len(self.parent)
                     self.parent.append(known[response[: end - 1]])
@@ -64,7 +64,7 @@ class Trie:
             self.way.append([known[response[:end]] for end in range(len(response))])
 
     def segments(self, at: int, root: int) -> list[Segment]:
-        """The nodes but the root, from place `at` of a row on, behind the segment `root`."""
+        """The nodes except the root as segments number `at` and up, after the segment `root`."""
         return [
             Segment(root if parent == 0 else at + parent - 1, (token,))
             for parent, token in zip(self.parent[1:], self.token[1:], strict=True)
@@ -81,9 +81,10 @@ def response_log_probabilities(
     exemplar_tokens: Float[Tensor, "images exemplar_tokens hidden"] | None = None,
     batch_size: int = 64,
 ) -> Float[np.ndarray, "branches images responses"]:
-    """log p(response | prompt, image) in nats, float64; with exemplar tokens a second branch.
+    """log p(response | prompt, image) in nats, float64.
 
-    Branch 0 is without, branch 1 with exemplar, both from the same forward.
+    Branch 0 is without exemplar. With `exemplar_tokens`, the same forward gives branch 1, with
+    exemplar.
     """
     trie = Trie(responses)
     row, ends = _row(prompt, image_tokens.shape[1], trie, exemplar_tokens)
@@ -112,7 +113,7 @@ def response_log_probabilities(
 def _row(
     prompt: Prompt, image_tokens: int, trie: Trie, exemplar_tokens: Tensor | None
 ) -> tuple[list[Segment], list[tuple[int, int]]]:
-    """The row, and of each branch the segment that is the trie's root and its first node."""
+    """The row, and for each branch the segments of the trie's root and of its first node."""
     row = [
         Segment(ROOT, prompt.before),
         Segment(0, (0,) * image_tokens, "image"),
@@ -149,7 +150,7 @@ def _scores(
     """Sums of log-probabilities along the ways; float64. Logits are made piece by piece."""
     images, branches, nodes, width = hidden.shape
     rows = hidden.reshape(-1, width)
-    # what is asked of each node: (node, token) pairs of all responses
+    # (node, token) pairs of all responses: log p of the token at the node
     node = torch.tensor([n for way in trie.way for n in way], device=rows.device)
     token = torch.tensor([t for response in responses for t in response], device=rows.device)
     owner = torch.tensor([r for r, way in enumerate(trie.way) for _ in way], device=rows.device)
@@ -175,7 +176,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 64,
 ) -> list[str]:
-    """Greedy answers, one prompt an image; shorter prompts of a batch are padded on the left."""
+    """Greedy answers, one prompt for each image; shorter prompts are padded on the left."""
     answers = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)

@@ -1,4 +1,4 @@
-"""Does the image reach the model? Asked once before anything is trained or scored."""
+"""Check that images reach the model, before anything is trained or scored."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,19 +9,20 @@ from vitask.checkpoint import VITask
 from vitask.data.spec import Dataset
 from vitask.features import Features
 
-IMAGES = 16  # of each dataset's val part
+IMAGES = 16  # of each dataset's val split
 REQUIRED = 100.0  # times the batch noise
 
 
 def check_image_sensitivity(
     model: VITask, datasets: Mapping[str, Dataset], image: Features
 ) -> dict[str, float]:
-    """How far shuffled images move the class log-probabilities, in units of the batch noise.
+    """How far shuffled images move the candidates' log-probabilities, in units of batch noise.
 
-    Batch noise: the largest difference between scoring one by one and in one batch, and at least
-    the float32 rounding of the scores. Shuffled: every image gives its place to another one.
-    Returns the ratio per dataset; RuntimeError below 100, because then the images do not reach
-    the answers and every number that follows would be meaningless.
+    image: features of the frozen VLM
+
+    Batch noise is the largest difference between scoring one by one and in one batch, and at
+    least the float32 rounding of the scores. Returns the ratio for each dataset. RuntimeError
+    below 100: then the images do not reach the answers, and every later number is meaningless.
     """
     single = VITask(model.vlm, replace(model.recipe, score_batch_size=1), model.tasks)
     batched = VITask(model.vlm, replace(model.recipe, score_batch_size=IMAGES), model.tasks)
@@ -36,9 +37,9 @@ def check_image_sensitivity(
     for name, ratio in ratios.items():
         if ratio < REQUIRED:
             raise RuntimeError(
-                f"self-check failed on {name}: shuffling the images moves the class "
-                f"log-probabilities by {ratio:.1f} times the batch noise, expected at least "
-                f"{REQUIRED:.0f}; the images do not reach the model (wrong image token, "
-                "normalisation or checkpoint?), so nothing was run"
+                f"self-check failed on {name}: shuffled images move the log-probabilities of the "
+                f"candidates by {ratio:.1f} times the batch noise, expected at least "
+                f"{REQUIRED:.0f}; the images do not reach the model, so nothing was run: check "
+                "the image token, the normalisation and the checkpoint"
             )
     return ratios

@@ -8,8 +8,8 @@
     [sources.phantom]
     seeds = [0, 1, 2]
 
-TOML has no null, so "none" stands for None. What a file leaves out is the base's. Every error is
-a ValueError of one line that names the field, and the file where there is one.
+TOML has no null, so "none" means None. The base gives the fields that a file leaves out. Every
+error is a ValueError of one line that names the field, and the file if it is in one.
 """
 
 import math
@@ -43,11 +43,10 @@ def parse(texts: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"{text!r} is not a setting; expected field=value")
         if name == "name":
-            raise ValueError("name cannot be set: a recipe file gives a recipe another name")
+            raise ValueError("name cannot be set: a recipe file gives a recipe its name")
         if name == "sources":
             raise ValueError(
-                "sources cannot be set: datasets and seeds have options of their own, --datasets "
-                "and --seeds, and a recipe file has all of it"
+                "sources cannot be set: choose with --datasets and --seeds, or in a recipe file"
             )
         if name not in FIELDS:
             raise _unknown(name, FIELDS)

@@ -1,4 +1,4 @@
-"""All branches of a VITask step in one forward: the prefix that they share is computed once.
+"""All branches of a VITask step in one forward, which computes their shared prefix once.
 
     row i   before  image i ─┬─ after i ─┬─ response i                       base
                              │           └─ response k, for every k whose
@@ -6,9 +6,9 @@
                              └─ exemplar i  after i  response i              exemplar
 
 The negative of a sample is another sample's image with the same instruction, so it continues that
-sample's base branch. Exact: hidden states and gradients are those of `vitask.branches`, as long
-as nothing random stands between (LoRA dropout) and the exemplar follows the image. A variant that
-changes the prefix itself (`rep`) has its exemplar branch computed apart.
+sample's base branch. Hidden states and gradients equal those of `vitask.branches`, as long as
+there is no LoRA dropout and the exemplar follows the image. The variant `rep` replaces the image,
+so its exemplar branch is computed separately.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from vitask.exemplar import ExemplarConnector, image_and_exemplar
 from vitask.tree import ROOT, Layout, Segment, buckets, length
 from vitask.vlm import VLM
 
-AFTER, RESPONSE = 2, 3  # segments of every row
+AFTER, RESPONSE = 2, 3  # numbers of segments, in every row
 EXEMPLAR_RESPONSE = 6  # with exemplar; the responses of hosted negatives follow
 
 
@@ -52,13 +52,13 @@ def shared_forward(
     if hosted:
         negative_hidden = hidden[base + with_exemplar :]
         owner = [i for i, response in enumerate(batch.responses) for _ in response]
-        own = [row for row, sample in enumerate(owner) if sample in hosted]
-        negative_rows = torch.tensor(own, device=hidden.device)
+        contrasted = [row for row, sample in enumerate(owner) if sample in hosted]
+        negative_rows = torch.tensor(contrasted, device=hidden.device)
     return BranchRows(hidden[:base], labels, exemplar_hidden, negative_hidden, negative_rows)
 
 
 class _Place(NamedTuple):
-    """Where a response stands: its row, its segment, its number of tokens."""
+    """The place of a response: its row, its segment, its number of tokens."""
 
     row: int
     segment: int
@@ -68,7 +68,7 @@ class _Place(NamedTuple):
 def _rows(
     batch: BatchInputs, hosted: dict[int, int], exemplar_tokens: int
 ) -> tuple[list[list[Segment]], list[_Place]]:
-    """One row a sample; places of all base, exemplar and negative responses, in this order."""
+    """One row for each sample; places of all base, exemplar and negative responses, in order."""
     image_tokens = batch.image.shape[1]
     rows, base, exemplar = [], [], []
     for i, (prompt, response) in enumerate(zip(batch.prompts, batch.responses, strict=True)):
@@ -103,7 +103,7 @@ def _forward(
     image: Tensor,
     exemplar: Tensor | None,
 ) -> Tensor:
-    """Hidden states that predict the tokens of all places, (tokens, hidden), in their order."""
+    """Hidden states that predict the tokens of all places, (tokens, hidden), in order."""
     first = [0]
     for place in places:
         first.append(first[-1] + place.tokens)

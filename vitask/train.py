@@ -1,7 +1,8 @@
-"""Tuning, top to bottom: samples, two stages, one optimizer, the epoch that validates best.
+"""Tuning, top to bottom: samples, two stages, one optimizer, the best epoch by validation.
 
-Vanilla tuning is the same run of the same samples in the same order with the loss Van alone
-(`vitask.recipes.vanilla`). Frozen: vision tower, the VLM's own connector, TSM and head.
+Vanilla tuning is the same run on the same samples in the same order with the loss Van alone
+(`vitask.recipes.vanilla`). The vision tower, the VLM's connector, the TSM and the head are frozen,
+unless the recipe's `trained` says otherwise.
 """
 
 from collections.abc import Mapping
@@ -34,10 +35,10 @@ FORWARDS = {"shared": shared_forward, "three": three_forwards}  # recipe.step
 
 @dataclass
 class TrainingSet:
-    """All samples of all datasets, numbered through.
+    """The train splits of all datasets, one after the other.
 
     instruction, response: int (samples,), indices into `prompts` and `responses`
-    image, exemplar:       features (samples, ...); exemplar None for vanilla tuning. Where the
+    image, exemplar:       features (samples, ...); exemplar is None for vanilla tuning. If the
                            vision tower or the VLM's connector is trained, `image` is pixel values
     """
 
@@ -77,7 +78,7 @@ class TrainingSet:
         )
 
     def rows(self, batch: Batch, device: torch.device, *, contrastive: bool) -> BatchInputs:
-        """The samples of a batch, on the device."""
+        """The inputs of a batch, on the device; without negatives unless `contrastive`."""
         return BatchInputs(
             prompts=[self.prompts[self.instruction[i]] for i in batch.samples],
             responses=[self.responses[self.response[i]] for i in batch.samples],
@@ -89,12 +90,12 @@ class TrainingSet:
 
 @dataclass
 class Log:
-    """What happened: one entry an epoch.
+    """How a tuning went, with one entry for each epoch.
 
     losses:     means over the epoch's steps, in nats per response token
-    validation: macro-F1 of each dataset's val part and "mean", without and with exemplar
-    chosen:     the epoch (from 1) whose mean validation was best and whose weights are kept
-    without_negative: samples an epoch that stood in blocks without CRT
+    validation: macro-F1 of each dataset's val split and their "mean", without and with exemplar
+    without_negative: number of samples without a negative, which CRT leaves out
+    chosen:     the epoch, from 1, with the best mean validation; its weights are kept
     """
 
     losses: list[dict[str, float]] = field(default_factory=list)
@@ -104,7 +105,7 @@ class Log:
 
 
 class TuningStep(nn.Module):
-    """BatchInputs -> losses: one module around everything that trains, for the engine to wrap."""
+    """BatchInputs -> losses: one module with everything that trains, for accelerate to wrap."""
 
     def __init__(self, vlm: VLM, connector: ExemplarConnector | None, recipe: Recipe) -> None:
         super().__init__()
@@ -248,7 +249,7 @@ class _Update:
 
 
 class _Best:
-    """Keeps the trained parameters of the epoch that validated best (the first of equals)."""
+    """The trained parameters of the epoch that validates best, the first of equals."""
 
     def __init__(self, step: TuningStep) -> None:
         self._names = {n for n, p in step.named_parameters() if p.requires_grad}
@@ -277,7 +278,10 @@ def validate(
     image: Features,
     exemplar: Features | None,
 ) -> dict[str, dict[str, float]]:
-    """Macro-F1 by constrained scoring on the val parts, "without" and "with" exemplar."""
+    """Macro-F1 by constrained scoring on the val splits, "without" and "with" exemplar.
+
+    Each has a value for every dataset and their "mean"; "with" only if the model has a connector.
+    """
     curves: dict[str, dict[str, float]] = {"without": {}}
     if model.connector is not None:
         curves["with"] = {}

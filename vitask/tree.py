@@ -1,13 +1,13 @@
-"""Rows that branch: what several sequences have in common stands once.
+"""Rows that branch: several sequences in one row, with their shared prefixes once.
 
-A row is a list of segments, each with the segment that it continues (its parent). A token sees
-the segments on the way from the row's start to its own, and what stands before it there; its
-position is counted along that way. So a causal model computes for every way exactly what it would
-compute for that sequence alone:
+A row is a list of segments. Each continues another segment, its parent. A token attends to the
+segments on the path from the row's start to its segment, and to the tokens before it there; its
+position is counted along that path. So a causal model computes for each path exactly the result
+for that sequence alone:
 
     mask[t, s] = (segment of s is an ancestor of segment of t, or the same) and s <= t
 
-Pure tensor code: no model is known here.
+Pure tensor code, independent of any model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,15 +19,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 ROOT = -1  # parent of a row's first segment
-SLACK = 1.5  # no row is padded to more than so many times its own length
+SLACK = 1.5  # a row is padded to at most this many times its length
 
 
 class Segment(NamedTuple):
     """Tokens that continue another segment.
 
-    parent: number in the row of the segment that is continued, or ROOT; stands before this one
-    ids:    token ids; where features are filled in, as many zeros
-    filled: name of the features that stand here, "" for tokens
+    parent: number of an earlier segment in the row, or ROOT
+    ids:    token ids; zeros where features are filled in
+    filled: name of the features at this place, "" for tokens
     """
 
     parent: int
@@ -39,11 +39,12 @@ class Segment(NamedTuple):
 class Layout:
     """Rows of segments as tensors, padded on the right.
 
-    ids, positions: (rows, tokens)
-    mask:  (rows, 1, tokens, tokens), True where a token may look; padding looks at padding
-    slots: name of features -> (2, n) row and column of each of their tokens, in row order
-    starts: of every row, the first column of each segment
-    rows:  what it was made from
+    ids, positions: int64 (rows, tokens)
+    mask:   bool (rows, 1, tokens, tokens), True where a token may attend; padding attends to
+            padding
+    slots:  name of features -> int64 (2, n), row and column of each of their tokens, in row order
+    starts: for every row, the first column of each segment
+    rows:   the segments
     """
 
     ids: Int[Tensor, "rows tokens"]
@@ -90,7 +91,7 @@ class Layout:
         embed: Callable[[Tensor], Tensor],
         features: Mapping[str, Tensor],
     ) -> Float[Tensor, "rows tokens hidden"]:
-        """Token embeddings with the features (rows, as many tokens, hidden) in their places."""
+        """Token embeddings with the features, each (rows, tokens, hidden), at their places."""
         embeddings = embed(self.ids)
         for name, (row, column) in self.slots.items():
             values = features[name].flatten(0, 1).to(embeddings.device, embeddings.dtype)
@@ -98,15 +99,15 @@ class Layout:
         return embeddings
 
     def last(self, row: int, segment: int) -> int:
-        """Column of the last token on the way to the end of a segment."""
+        """Column of the last token on the path to the end of a segment."""
         while not self.rows[row][segment].ids:
             segment = self.rows[row][segment].parent
         return self.starts[row][segment] + len(self.rows[row][segment].ids) - 1
 
     def predicting(self, row: int, segment: int, tokens: int) -> list[int]:
-        """Columns that predict `tokens` tokens: those of the segment and one that is no input.
+        """Columns that predict a segment's tokens and one more: `tokens` in all.
 
-        The first is predicted by what stands before the segment.
+        The token before the segment predicts its first token; the last is not an input.
         """
         start = self.starts[row][segment]
         before = self.last(row, self.rows[row][segment].parent)
@@ -114,11 +115,12 @@ class Layout:
 
 
 def length(row: Sequence[Segment]) -> int:
+    """Number of tokens in a row."""
     return sum(len(segment.ids) for segment in row)
 
 
 def depth_after(row: Sequence[Segment], segment: int) -> int:
-    """Tokens on the way from the row's start to the end of a segment."""
+    """Number of tokens on the path from the row's start to the end of a segment."""
     depth = 0
     while segment != ROOT:
         depth += len(row[segment].ids)
@@ -127,20 +129,21 @@ def depth_after(row: Sequence[Segment], segment: int) -> int:
 
 
 def _mask(row: Sequence[Segment], tokens: int) -> Bool[Tensor, "tokens tokens"]:
-    """Who may look at whom; what is left of `tokens` is padding, a segment without ancestors."""
+    """[t, s]: token t may attend to s; padding up to `tokens` is a segment without ancestors."""
     count = len(row)
     ancestors = torch.eye(count + 1, dtype=torch.bool)
     for number, segment in enumerate(row):
-        assert segment.parent < number, "a segment stands after its parent"
+        assert segment.parent < number, "a segment comes after its parent"
         if segment.parent != ROOT:
             ancestors[number] |= ancestors[segment.parent]
     lengths = torch.tensor([*(len(segment.ids) for segment in row), tokens - length(row)])
-    seen = ancestors.repeat_interleave(lengths, 0).repeat_interleave(lengths, 1)
-    return seen.tril_()
+    pairs = ancestors.repeat_interleave(lengths, 0).repeat_interleave(lengths, 1)
+    return pairs.tril_()
 
 
 def buckets(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows that are computed together: each at least 1/SLACK as long as the longest of them."""
+    """Numbers of the rows to compute together: the longest of each group is at most SLACK times
+    as long as the shortest."""
     found: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
         if found and lengths[found[-1][0]] <= SLACK * lengths[row]:

@@ -1,7 +1,7 @@
-"""The task-specific model: one small classifier for all chosen datasets.
+"""The task-specific model (TSM): one small classifier for all chosen datasets.
 
-Any timm model with a shared head; each sample's loss runs over its own dataset's classes only.
-Its features become exemplar tokens (vitask/exemplar.py).
+A timm model with a shared head. A sample's loss is over the classes of its dataset only. The
+features become exemplar tokens (vitask/exemplar.py).
 """
 
 import json
@@ -30,7 +30,10 @@ FEATURES = ("cls", "all")
 
 @dataclass(frozen=True)
 class Head:
-    """A span of the shared head's outputs: the classes of one dataset, or of several (organ)."""
+    """A span of the shared head's outputs: the classes of one dataset, or of several (organ).
+
+    start, stop: numbers of outputs, as in a slice
+    """
 
     start: int
     stop: int
@@ -49,9 +52,9 @@ def heads(specs: Sequence[DatasetSpec]) -> dict[str, Head]:
 class TSM(nn.Module):
     """A timm backbone with a shared head.
 
-    name:   timm's name of the model
-    spans:  outputs of each head, from `heads`
-    size:   side in pixels to which images are resized
+    name:  timm's name of the model; ValueError for an unknown one
+    spans: outputs of each head, from `heads`
+    size:  side in pixels to which images are resized
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class TSM(nn.Module):
             asked = f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models()"
             raise ValueError(f"timm has no model {name!r}{asked}")
         classes = max(span.stop for span in spans.values())
-        # Models with a fixed grid (ViT, hybrids) are told the size; the others take any.
+        # Models with a fixed grid (ViT, hybrids) need the size; the others take any.
         config = timm.get_pretrained_cfg(name)
         extra = {"img_size": size} if config is not None and config.fixed_input_size else {}
         self.backbone = timm.create_model(name, pretrained=pretrained, num_classes=classes, **extra)
@@ -73,7 +76,7 @@ class TSM(nn.Module):
         self.register_buffer("std", torch.tensor(colours["std"]).view(3, 1, 1), persistent=False)
 
     def pixels(self, images: np.ndarray) -> Float[Tensor, "images 3 size size"]:
-        """uint8 (n, h, w[, 3]) -> normalised float32; grey becomes RGB."""
+        """uint8 (n, h, w[, 3]) -> normalised float32 of this size; grey becomes RGB."""
         rgb = images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=-1)
         tensor = torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
         tensor = tensor.to(self.mean.device).float() / 255
@@ -94,7 +97,7 @@ class TSM(nn.Module):
         return self(pixels)[:, span.start : span.stop]
 
     def feature_size(self, kind: str = "cls") -> int:
-        """Width of the features; some classifiers have one more layer before `cls`."""
+        """Width of the features; some models have another layer before `cls`."""
         width = self.backbone.num_features
         return width if kind == "all" else getattr(self.backbone, "head_hidden_size", width)
 
@@ -102,10 +105,10 @@ class TSM(nn.Module):
     def features(
         self, images: np.ndarray, kind: Literal["cls", "all"] = "cls", batch_size: int = 256
     ) -> Float[Tensor, "images *tokens features"]:
-        """Latent features of uint8 images, float32 on the CPU.
+        """Features of uint8 images (n, h, w[, 3]), float32 on the CPU.
 
-        cls: (images, features), what the classifier sees: the class token where the model
-             classifies from one, else the pooled feature
+        cls: (images, features), the classifier's input: the class token if the model classifies
+             from one, else the pooled feature
         all: (images, tokens, features), the last feature map without prefix tokens
         """
         if kind not in FEATURES:
@@ -130,7 +133,7 @@ class TSM(nn.Module):
     def log_probabilities(
         self, images: np.ndarray, spec: DatasetSpec, batch_size: int = 256
     ) -> np.ndarray:
-        """float64 (images, classes): log-softmax, or each label's log-sigmoid for multi-label."""
+        """float64 (images, classes), in nats: log-softmax, or log-sigmoid for multi-label."""
         self.eval()
         logits = torch.cat(
             [
@@ -142,7 +145,7 @@ class TSM(nn.Module):
         return done.numpy()
 
     def save(self, folder: Path) -> None:
-        """`tsm.safetensors` and `tsm.json` into an existing folder."""
+        """Write `tsm.safetensors` and `tsm.json` into an existing folder."""
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
         save_file(state, folder / "tsm.safetensors")
         spans = {name: [span.start, span.stop] for name, span in self.spans.items()}
@@ -151,7 +154,7 @@ class TSM(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "TSM":
-        """The model that `save` wrote, frozen."""
+        """The model that `save` wrote, frozen, on the CPU."""
         card = json.loads((folder / "tsm.json").read_text())
         spans = {name: Head(*span) for name, span in card["heads"].items()}
         model = cls(card["name"], spans, card["size"])
@@ -162,10 +165,11 @@ class TSM(nn.Module):
 def train_tsm(
     datasets: Mapping[str, Dataset], recipe: Recipe, seed: int, *, on_epoch: OnEpoch = ignore
 ) -> tuple[TSM, list[dict[str, float]]]:
-    """Train one joint model over the train parts; keep the epoch that is best by validation.
+    """Train one model on all train splits; keep the epoch that is best on the val splits.
 
-    Returns the frozen model and the validation curve: per epoch the macro-F1 of each dataset's
-    val part, their mean ("mean") and the training loss. Same seed, same machine: same model.
+    Returns the frozen model and the validation curve: for each epoch the macro-F1 of each
+    dataset's val split, their "mean", and "loss", the mean training loss in nats. The same seed
+    on the same machine gives the same model.
     """
     accelerate.utils.set_seed(seed)
     accelerator = accelerate.Accelerator()
@@ -182,7 +186,7 @@ def train_tsm(
     rng = np.random.default_rng(seed)
     starts = [*range(recipe.tsm_batch_size, len(sample), recipe.tsm_batch_size)]
     if starts and len(sample) - starts[-1] == 1:
-        starts.pop()  # batch norm cannot take one image alone: it goes with those before it
+        starts.pop()  # batch norm cannot take one image alone: it joins the batch before
     steps = recipe.tsm_epochs * (len(starts) + 1)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.tsm_learning_rate, weight_decay=recipe.tsm_weight_decay
@@ -218,7 +222,7 @@ def train_tsm(
 
 
 def augment(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """Mirror half of the images left to right, and shift all by up to an eighth of their side."""
+    """Mirror half of the images left to right, and shift all of them by up to 1/8 of their side."""
     mirrored = torch.from_numpy(rng.random(len(pixels)) < 0.5).to(pixels.device)
     pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
     reach = pixels.shape[-1] // 8
@@ -231,7 +235,7 @@ def augment(pixels: Tensor, rng: np.random.Generator) -> Tensor:
 def task_loss(
     logits: Float[Tensor, "samples classes"], labels: Tensor, spec: DatasetSpec
 ) -> Float[Tensor, ""]:
-    """Sum over samples: cross-entropy, or for multi-label the mean of its binary losses."""
+    """Sum over samples, in nats: cross-entropy, or for multi-label the mean of binary losses."""
     if spec.multi_label:
         losses = functional.binary_cross_entropy_with_logits(
             logits, labels.to(logits.dtype), reduction="none"

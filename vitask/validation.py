@@ -1,4 +1,4 @@
-"""Choosing on validation data: the one figure by which every method's checkpoint is chosen."""
+"""Validation: the one metric that chooses the checkpoint of every method."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from sklearn.metrics import f1_score
 from vitask.data.spec import DatasetSpec
 from vitask.prompts import Candidates
 
-# Called after every epoch of a training with what is trained, the epoch from 1, and their number.
+# Called after every epoch with the name of the training, the epoch from 1, and the epochs in all.
 OnEpoch = Callable[[str, int, int], None]
 
 
@@ -19,10 +19,10 @@ def ignore(what: str, epoch: int, epochs: int) -> None:
 def decide(
     spec: DatasetSpec, log_probability: np.ndarray, candidates: Candidates | None = None
 ) -> np.ndarray:
-    """Log-probabilities -> labels of the same form as the dataset's.
+    """Log-probabilities -> labels in the dataset's form, int64 (n,) or (n, classes).
 
-    With candidates: the arg max answer's labels. Without: the arg max class, or for multi-label
-    every label whose own probability is above one half.
+    With candidates, (n, candidates): the labels of the best one. Without, (n, classes): the best
+    class, or for multi-label every label with a probability above 1/2.
     """
     if candidates is not None:
         best = candidates.members[log_probability.argmax(-1)]
@@ -33,6 +33,6 @@ def decide(
 
 
 def macro_f1(spec: DatasetSpec, labels: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean F1 over the fixed label set; a class without support and prediction counts as 0."""
+    """Mean F1 over all classes of the dataset; 0 for a class without support and predictions."""
     classes = list(range(len(spec.classes)))
     return float(f1_score(labels, predicted, labels=classes, average="macro", zero_division=0))

@@ -1,7 +1,7 @@
-"""The vision language model: a thin layer over native transformers classes, nothing else.
+"""The vision language model (VLM): a thin layer over native transformers classes.
 
-Image features, embeddings, hidden states, head. Any `InternVLForConditionalGeneration`
-checkpoint goes this way: the embedded `pocket`, a folder, `OpenGVLab/InternVL3-1B-hf`.
+Image features, embeddings, hidden states, head. It takes any `InternVLForConditionalGeneration`
+checkpoint: the embedded `pocket`, a folder, `OpenGVLab/InternVL3-1B-hf`.
 """
 
 import warnings
@@ -19,8 +19,8 @@ from transformers import AutoProcessor, InternVLForConditionalGeneration, Intern
 
 from vitask.pocket import POCKET
 
-# The LLM's linear layers and no others: "all-linear" would take the vision tower and the VLM's
-# own connector too.
+# The linear layers of the language model only: "all-linear" would also adapt the vision tower and
+# the VLM's connector.
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"
 
 
@@ -28,8 +28,8 @@ LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up
 class Prompt:
     """A rendered chat turn, cut at the image: token ids before and after the image tokens.
 
-    Exemplar tokens go between the image tokens and `after`, so what closes the image follows
-    them and `before` + image is a prefix that all branches share.
+    Exemplar tokens go between the image tokens and `after`, before the token that closes the image.
+    So all branches share the prefix `before` + image.
     """
 
     before: tuple[int, ...]
@@ -55,10 +55,12 @@ class VLM:
         device: str | torch.device = "cpu",
         attention: str = "sdpa",
     ) -> "VLM":
-        """Load "pocket", a folder or a hub name; everything frozen, in evaluation mode.
+        """Load "pocket", a folder or a hub name, frozen and in evaluation mode.
 
-        attention: of the language model on CUDA, "sdpa" or "flex_attention"; elsewhere it is
-        SDPA, for FlexAttention trains on CUDA only. Both compute the same.
+        attention: of the language model on CUDA, "sdpa" or "flex_attention", with equal results;
+            elsewhere always SDPA, because FlexAttention trains on CUDA only
+
+        ValueError if there is no such checkpoint.
         """
         source = str(POCKET) if name == "pocket" else name
         text = attention if torch.device(device).type == "cuda" else "sdpa"
@@ -70,8 +72,8 @@ class VLM:
         except OSError as error:
             raise ValueError(
                 f"no vision language model at {name!r}; expected 'pocket', a folder with "
-                f"config.json and model.safetensors, or the name of a native InternVL checkpoint "
-                f"that is downloaded already or can be ({error})"
+                "config.json and model.safetensors, or the hub name of a native InternVL "
+                f"checkpoint that is downloaded or can be ({error})"
             ) from error
         return cls(model.to(device), processor, name)
 
@@ -89,7 +91,7 @@ class VLM:
 
     @property
     def head(self) -> Float[Tensor, "vocab hidden"]:
-        """Weight of the language model's head (no bias); never adapted."""
+        """Weight of the language model's head, which has no bias and is never trained."""
         return self.model.lm_head.weight
 
     # Images
@@ -98,9 +100,9 @@ class VLM:
     def image_features(
         self, images: np.ndarray, batch_size: int = 256
     ) -> Float[Tensor, "images image_tokens hidden"]:
-        """Frozen vision tower and the VLM's own connector: uint8 images (n, h, w[, 3]) -> tokens.
+        """Vision tower and VLM connector, without gradient: uint8 images (n, h, w[, 3]) -> tokens.
 
-        One tile an image. Returned on the CPU, in the model's dtype.
+        One tile for each image. Returned on the CPU, in the model's dtype.
         """
         return torch.cat(
             [self.image_tokens(part).cpu() for part in self._batches(images, batch_size)]
@@ -109,7 +111,7 @@ class VLM:
     def image_tokens(
         self, pixel_values: Float[Tensor, "images 3 height width"]
     ) -> Float[Tensor, "images image_tokens hidden"]:
-        """Vision tower and the VLM's own connector, with gradients where they are trained."""
+        """Vision tower and VLM connector, with gradients where they are trained."""
         pixels = pixel_values.to(self.device, self.dtype)
         return self.model.model.get_image_features(pixel_values=pixels).pooler_output
 
@@ -117,7 +119,7 @@ class VLM:
     def vision_features(
         self, images: np.ndarray, batch_size: int = 256
     ) -> Float[Tensor, "images features"]:
-        """Mean over the vision tower's last hidden states, for linear probes. float32, CPU."""
+        """Mean of the vision tower's last hidden states, for linear probes; float32 on the CPU."""
         features = [
             self.model.model.vision_tower(pixel_values=pixels).last_hidden_state.mean(1).float()
             for pixels in self._batches(images, batch_size)
@@ -125,7 +127,10 @@ class VLM:
         return torch.cat(features).cpu()
 
     def pixel_values(self, images: np.ndarray) -> Float[Tensor, "images 3 height width"]:
-        """The checkpoint's own image processor: resize to one tile, normalise. Grey becomes RGB."""
+        """The checkpoint's image processor: resize to one tile, normalise. Grey becomes RGB.
+
+        ValueError for images of another dtype or shape than uint8 (n, h, w[, 3]).
+        """
         if images.dtype != np.uint8 or images.ndim not in (3, 4):
             raise ValueError(
                 f"images have dtype {images.dtype} and shape {images.shape}; "
@@ -147,7 +152,7 @@ class VLM:
     # Text
 
     def prompt(self, instruction: str) -> Prompt:
-        """[user, image, instruction, assistant] in the checkpoint's own chat template."""
+        """[user, image, instruction, assistant] in the checkpoint's chat template."""
         text = self._render(instruction)
         image = self.processor.image_token
         opened = f"{self.processor.start_image_token}{image}{self.processor.end_image_token}"
@@ -158,13 +163,13 @@ class VLM:
         return Prompt(before=tuple(ids[:at]), after=tuple(ids[at + 1 :]))
 
     def response_ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a response, its end-of-turn token included."""
+        """Token ids of a response and its end-of-turn token."""
         ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return (*ids, self.end_of_turn_id)
 
     @property
     def end_of_turn_id(self) -> int:
-        """The token with which the chat template closes the assistant's turn."""
+        """The token that closes the assistant's turn in the chat template."""
         if not hasattr(self, "_end_of_turn_id"):
             prompt = self._render("?")
             whole = self._render("?", "!")
@@ -201,8 +206,10 @@ class VLM:
     ) -> Float[Tensor, "batch tokens hidden"]:
         """Last hidden states, after the final norm.
 
-        mask: bool (batch or 1, 1, tokens, tokens), True where a token may look; None is causal.
-        Rows are padded on the right: under a causal mask padding is never looked at.
+        mask:      bool (batch or 1, 1, tokens, tokens), True where a token may attend; None: causal
+        positions: int64; None: counted from 0
+
+        Rows are padded on the right, so with a causal mask no token attends to padding.
         """
         return self.model.model.language_model(
             inputs_embeds=embeddings,
@@ -212,14 +219,14 @@ class VLM:
         ).last_hidden_state
 
     def _mask(self, mask: Tensor, embeddings: Tensor) -> Tensor | BlockMask:
-        """The mask in the form that the language model's attention takes."""
+        """The mask in the form of the language model's attention."""
         attention = self.model.config.text_config._attn_implementation
         if attention == "sdpa":
             return mask
         if attention == "eager":  # it adds the mask to the scores
             zeros = torch.zeros_like(mask, dtype=embeddings.dtype)
             return zeros.masked_fill(~mask, torch.finfo(embeddings.dtype).min)
-        if attention == "flex_attention":  # it skips blocks in which nobody looks at anybody
+        if attention == "flex_attention":  # it skips blocks without any pair
             rows, _, queries, keys = mask.shape
             of_all = mask.expand(len(embeddings), -1, -1, -1)
             return create_block_mask(
@@ -232,12 +239,12 @@ class VLM:
         )
 
     def logits(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows vocab"]:
-        """Head in float32 at least: differences of branches are small, bfloat16 would lose them."""
+        """Head in at least float32: bfloat16 would lose the small differences between branches."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         return hidden.to(dtype) @ self.head.to(dtype).T
 
     def add_lora(self, *, rank: int, alpha: int, dropout: float) -> None:
-        """Put trainable LoRA adapters on the LLM's linear layers, in place (peft)."""
+        """Add trainable LoRA adapters to the language model's linear layers, in place (peft)."""
         config = peft.LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -246,22 +253,25 @@ class VLM:
             task_type="CAUSAL_LM",
         )
         with warnings.catch_warnings():
-            # peft still asks transformers for a property by its old name.
+            # peft reads a property of transformers by its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             self.adapter = peft.get_peft_model(self.model, config)
-        # A name, not the path that it was found at: what peft saves is read on other machines.
+        # The name, not the path where it was found: other machines read the file that peft saves.
         self.adapter.peft_config["default"].base_model_name_or_path = self.name
 
     def vision_modules(self, trained: str) -> nn.ModuleDict:
-        """What makes image tokens and is trained whole: nothing for "adapters", the VLM's own
-        connector for "connector", the vision tower too for "vision"."""
+        """The modules on the way to image tokens that are trained whole, for `recipe.trained`.
+
+        None for "adapters", the VLM's connector for "connector", and for "vision" the vision tower
+        too.
+        """
         inner = self.model.model
-        parts = {"connector": inner.multi_modal_projector, "vision": inner.vision_tower}
-        wanted = {"adapters": (), "connector": ("connector",), "vision": tuple(parts)}[trained]
-        return nn.ModuleDict({name: parts[name] for name in wanted})
+        modules = {"connector": inner.multi_modal_projector, "vision": inner.vision_tower}
+        wanted = {"adapters": (), "connector": ("connector",), "vision": tuple(modules)}[trained]
+        return nn.ModuleDict({name: modules[name] for name in wanted})
 
     def load_adapter(self, folder: Path) -> None:
-        """Put saved LoRA adapters in place."""
+        """Add saved LoRA adapters, frozen, in place."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             self.adapter = peft.PeftModel.from_pretrained(self.model, folder)

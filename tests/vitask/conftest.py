@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of the very class that large ones have, saved to disk first."""
+"""Tiny random checkpoints of the same class as large ones, and small datasets."""
 
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def write_tiny_checkpoint(folder: Path, text: str = "qwen2", seed: int = 0) -> P
     )
     torch.manual_seed(seed)
     model = InternVLForConditionalGeneration(config)
-    with torch.no_grad():  # wider than transformers' initialisation: images must matter
+    with torch.no_grad():  # wider than transformers' initialisation, so that images matter
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
@@ -90,13 +90,13 @@ def write_tiny_checkpoint(folder: Path, text: str = "qwen2", seed: int = 0) -> P
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random checkpoint with Qwen2 text, as OpenGVLab/InternVL3-1B-hf has."""
+    """A tiny random checkpoint with Qwen2 as its language model, like OpenGVLab/InternVL3-1B-hf."""
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "qwen2")
 
 
 @pytest.fixture(scope="session")
 def tiny_datasets() -> dict[str, Dataset]:
-    """Three small datasets: ragged prompts, shared labels, grey and colour, one multi-label."""
+    """Three small datasets: prompts of all lengths, shared labels, grey, colour, multi-label."""
     return {
         "two": small_dataset("two", ("cat", "a dog, seen (from) afar"), seed=1),
         "five": small_dataset("five", ("a", "bb", "ccc", "a b", "bb ccc"), channels=1, seed=2),
@@ -113,7 +113,7 @@ def small_dataset(
     seed: int = 0,
     counts: tuple[int, int, int] = (30, 8, 10),
 ) -> Dataset:
-    """Random images whose brightness tells the class."""
+    """Random images whose brightness depends on the class."""
     spec = DatasetSpec(
         name=name,
         task=task,
@@ -127,7 +127,7 @@ def small_dataset(
     )
     rng = np.random.default_rng(seed)
     splits = {}
-    for part, count in spec.n_samples.items():
+    for split, count in spec.n_samples.items():
         shape = (count, 28, 28, 3) if channels == 3 else (count, 28, 28)
         images = rng.integers(0, 90, shape, dtype=np.uint8)
         if spec.multi_label:
@@ -136,6 +136,6 @@ def small_dataset(
         else:
             labels = brightness = rng.integers(0, len(classes), count)
         images += (brightness * 30).astype(np.uint8).reshape(-1, *[1] * (images.ndim - 1))
-        ids = np.array([f"{name}/{part}/{i:06d}" for i in range(count)])
-        splits[part] = Split(images, labels.astype(np.int64), ids)
+        ids = np.array([f"{name}/{split}/{i:06d}" for i in range(count)])
+        splits[split] = Split(images, labels.astype(np.int64), ids)
     return Dataset(spec, splits, size=28, source="card", md5="0" * 32, md5_ok=True)

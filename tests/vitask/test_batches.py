@@ -1,4 +1,4 @@
-"""Blocks, batches and negatives: every sample once an epoch, every negative a true one."""
+"""Blocks, batches and negatives: every sample once in an epoch, every negative a true one."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from vitask.batches import BLOCK, make_batches, make_blocks
 
 @st.composite
 def samples(draw):
-    """Instructions with their own numbers of samples, classes and imbalance."""
+    """Instructions with different numbers of samples, classes and imbalance."""
     instructions, responses = [], []
     for number in range(draw(st.integers(1, 4))):
         count = draw(st.integers(1, 40))
@@ -24,7 +24,7 @@ def samples(draw):
 
 
 @given(samples(), st.integers(0, 2**31))
-def test_every_sample_stands_in_one_block_of_its_instruction(data, seed):
+def test_every_sample_is_in_one_block_of_its_instruction(data, seed):
     instructions, responses = data
     blocks = make_blocks(instructions, responses, np.random.default_rng(seed))
     placed = np.concatenate([block.samples for block in blocks])
@@ -35,7 +35,7 @@ def test_every_sample_stands_in_one_block_of_its_instruction(data, seed):
 
 
 @given(samples(), st.integers(0, 2**31))
-def test_contrastive_blocks_are_whole_and_hold_two_responses(data, seed):
+def test_contrastive_blocks_are_whole_and_have_two_responses(data, seed):
     instructions, responses = data
     for block in make_blocks(instructions, responses, np.random.default_rng(seed)):
         if block.contrastive:
@@ -96,6 +96,6 @@ def test_one_seed_one_order():
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_too_small_a_batch_for_the_processes_is_refused():
+def test_a_batch_too_small_for_the_processes_is_refused():
     with pytest.raises(ValueError, match="at least 8"):
         make_batches(np.zeros(8), np.arange(8), 4, np.random.default_rng(0), processes=2)

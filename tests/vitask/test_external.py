@@ -1,4 +1,4 @@
-"""External sets in their published file forms: grades, parts, and what is wrong with a folder."""
+"""External sets in their published form: grades, splits, and errors in a folder."""
 
 import json
 import struct
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitask.data import external, medmnist
+from vitask.data import external, medmnist, phantom
 from vitask.data.spec import DatasetSpec
 from vitask.prompts import candidates, instruction
 
@@ -20,12 +20,12 @@ GRADES = [0, 1, 2, 3, 4] * 4
 def photograph(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.full((40, 60, 3), 10, dtype=np.uint8)
-    pixels[:, 10:50] = value  # the centre square, all of one value
+    pixels[:, 10:50] = value  # the centre square has one value
     Image.fromarray(pixels).save(path)
 
 
 def published(folder, table, header, image, row):
-    """A set's folder: a table with a line an image, and the images, whose value is their grade."""
+    """A set's folder: a table with a line for each image, and images whose value is their grade."""
     for number, grade in enumerate(GRADES):
         photograph(folder / image.format(number), 50 + grade)
     lines = [header, *(row(number, grade) for number, grade in enumerate(GRADES))]
@@ -61,7 +61,7 @@ def xls(path, rows):
     def record(kind, content):
         return struct.pack("<HH", kind, len(content)) + content
 
-    found = record(0x09, struct.pack("<HH", 7, 0x10))  # begin of a worksheet
+    found = record(0x09, struct.pack("<HH", 7, 0x10))  # start of a worksheet
     for line, row in enumerate(rows):
         for column, value in enumerate(row):
             place = struct.pack("<HH3x", line, column)
@@ -73,7 +73,7 @@ def xls(path, rows):
 
 
 def messidor_published(root):
-    """Two bases, each with its own XLS file, and photographs without a table."""
+    """Two bases with an XLS file each, and no annotations.csv."""
     folder = messidor(root)
     (folder / "annotations.csv").unlink()
     header = (
@@ -90,7 +90,7 @@ def read(name, root):
 
 
 @pytest.mark.parametrize("make", [aptos, messidor2], ids=["aptos2019", "messidor2"])
-def test_parts_are_stratified_and_hold_every_gradable_image_once(make, tmp_path):
+def test_splits_are_stratified_and_have_every_gradable_image_once(make, tmp_path):
     name = make(tmp_path).name
     found = read(name, tmp_path)
     labels = np.concatenate([split.labels for split in found.splits.values()])
@@ -117,7 +117,7 @@ def test_messidor_asks_five_grades_and_counts_the_last_two_as_one(tmp_path):
     assert DatasetSpec.of_json(json.loads(json.dumps(asdict(found.spec)))) == found.spec
 
 
-def test_messidor_as_published_is_what_its_tables_as_one_csv_are(tmp_path):
+def test_messidor_as_published_equals_its_tables_as_one_csv(tmp_path):
     pytest.importorskip("xlrd")
     messidor(tmp_path / "csv")
     messidor_published(tmp_path / "xls")
@@ -126,11 +126,11 @@ def test_messidor_as_published_is_what_its_tables_as_one_csv_are(tmp_path):
     xls(table, [("Image name", "Retinopathy grade"), ("p1.tif", 1), ("p2.tif", "")])
     assert [path.name for path, *_ in external.READERS["messidor"](table.parent)][8:] == ["p1.tif"]
     table.write_text("Image name,Retinopathy grade")
-    with pytest.raises(ValueError, match=r"Annotation_Base12\.xls is no XLS file"):
+    with pytest.raises(ValueError, match=r"Annotation_Base12\.xls is not an XLS file"):
         read("messidor", tmp_path / "xls")
 
 
-def test_messidor_as_published_says_what_reads_it(tmp_path, monkeypatch):
+def test_messidor_as_published_names_the_package_that_reads_it(tmp_path, monkeypatch):
     folder = messidor_published(tmp_path)
     monkeypatch.setitem(sys.modules, "xlrd", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r"Annotation_Base11\.xls .*pip install xlrd"):
@@ -141,14 +141,14 @@ def test_messidor_as_published_says_what_reads_it(tmp_path, monkeypatch):
         read("messidor", tmp_path)
 
 
-def test_the_centre_square_is_what_is_left(tmp_path):
+def test_images_are_their_centre_square(tmp_path):
     aptos(tmp_path)
     test = read("aptos2019", tmp_path).splits["test"]
     assert test.images.shape[1:] == (28, 28, 3)
     assert (test.images == (50 + test.labels)[:, None, None, None]).all()
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="no folder 'idrid'"):
         read("idrid", tmp_path)
     folder = aptos(tmp_path)
@@ -165,22 +165,20 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_idrid_as_published(shared):
     found = read("idrid", shared / "external")
-    counts = {part: np.bincount(split.labels).tolist() for part, split in found.splits.items()}
+    counts = {split: np.bincount(s.labels).tolist() for split, s in found.splits.items()}
     assert counts["test"] == [34, 5, 32, 19, 13]
     train = np.add(counts["train"], counts["val"])
-    assert train.sum() == 412  # IDRiD_118 is a picture of the test part
-    assert not any("IDRiD_118" in i for part in ("train", "val") for i in found.splits[part].ids)
+    assert train.sum() == 412  # IDRiD_118 is a picture of the test split
+    assert not any("IDRiD_118" in i for split in ("train", "val") for i in found.splits[split].ids)
 
 
 @pytest.mark.parametrize("name", external.SHIFTS)
 def test_phantoms_are_other_pictures_in_other_colours(name):
-    from vitask.data import phantom
-
     found = external.load(name, RETINA, source="phantom", roots=(), size=28)
     base = phantom.make("retinamnist")
     assert found.source == "phantom"
     assert found.splits["test"].images.mean((0, 1, 2)) != pytest.approx(
         base.splits["test"].images.mean((0, 1, 2)), abs=3
     )
-    seen = {image.tobytes() for image in base.splits["train"].images}
-    assert not seen & {image.tobytes() for image in found.splits["test"].images}
+    known = {image.tobytes() for image in base.splits["train"].images}
+    assert not known & {image.tobytes() for image in found.splits["test"].images}

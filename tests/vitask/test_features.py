@@ -1,4 +1,4 @@
-"""Kept features: the same numbers in memory and on disk."""
+"""Cached features: the same values in memory and on disk."""
 
 import numpy as np
 import torch
@@ -12,19 +12,19 @@ def test_features_on_disk_equal_those_in_memory(tiny_checkpoint, tiny_datasets, 
     memory = Features(tiny_datasets, vlm.image_features)
     disk = Features(tiny_datasets, vlm.image_features, memory_mib=0.02, folder=tmp_path)
     for name in tiny_datasets:
-        for part in ("train", "val", "test"):
-            assert torch.equal(memory(name, part), disk(name, part))
-            assert disk(name, part) is disk(name, part)
+        for split in ("train", "val", "test"):
+            assert torch.equal(memory(name, split), disk(name, split))
+            assert disk(name, split) is disk(name, split)
     (place,) = tmp_path.iterdir()
     sizes = [path.stat().st_size for path in place.iterdir()]
-    assert 0 < len(sizes) < 9  # some fitted into memory
+    assert 0 < len(sizes) < 9  # some fit into memory
     del disk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_joined_parts_are_one_tensor():
-    parts = [torch.randn(3, 2), torch.randn(1, 2), torch.randn(4, 2)]
-    joined, whole = Joined(parts), torch.cat(parts)
+def test_joined_tensors_read_as_one():
+    tensors = [torch.randn(3, 2), torch.randn(1, 2), torch.randn(4, 2)]
+    joined, whole = Joined(tensors), torch.cat(tensors)
     rows = np.array([7, 0, 3, 3, 2, 4])
     assert len(joined) == 8
     assert torch.equal(joined[rows], whole[rows])

@@ -1,4 +1,4 @@
-"""The phantom's two criteria, by real training: a TSM learns it, generic features do not.
+"""The phantom's two criteria, by training: a TSM learns it, generic features do not.
 
 On five of the twelve sets, so that it takes a minute; the leaderboard has all twelve.
 """
@@ -63,7 +63,7 @@ def test_a_tsm_trained_on_shuffled_labels_is_at_chance(phantom):
             labels = images.labels[rng.permutation(len(images))]
             splits[split] = Split(images.images, labels, images.ids)
         shuffled[name] = replace(dataset, splits=splits)
-    # chance: answers drawn at the classes' frequencies, whatever the image
+    # chance: answers drawn at the frequencies of the classes, without the image
     guesses = [
         macro_f1(d.spec, d.splits["test"].labels, rng.permutation(d.splits["test"].labels))
         for d in phantom.values()

@@ -1,4 +1,4 @@
-"""The embedded small VLM: its pictures, questions, tokenizer and training, and what is recorded."""
+"""The embedded small VLM: its pictures, questions, tokenizer, training and recorded accuracy."""
 
 import json
 import subprocess
@@ -24,8 +24,8 @@ from vitask.prompts import instruction, response
 from vitask.vlm import VLM
 
 PROCESSOR = make_processor()
-RECORDED_SEED = 1  # of `python -m vitask.pocket`; the tests below ask about other pictures
-CHANCE = 0.25  # at most, for a kind of question that counts
+RECORDED_SEED = 1  # of `python -m vitask.pocket`; the tests below use other pictures
+CHANCE = 0.25  # at most, for the kinds of question that count here
 
 
 def fresh(seed: int = 0) -> VLM:
@@ -45,14 +45,14 @@ def test_the_same_seed_gives_the_same_pictures():
     assert one.images.dtype == np.uint8
 
 
-def test_training_meets_no_held_out_picture():
+def test_training_has_no_held_out_picture():
     asked = {image.tobytes() for image in held_out(400, 0)[0]}
     for step in range(20):
         images = draw(train.PICTURES, np.random.default_rng([0, step])).images
         assert asked.isdisjoint(image.tobytes() for image in images)
 
 
-def test_every_answer_stands_among_the_listed_ones():
+def test_every_answer_is_among_the_listed_ones():
     rng = np.random.default_rng(0)
     listed = 0
     for kind, answers in KINDS.items():
@@ -71,7 +71,7 @@ def test_every_answer_stands_among_the_listed_ones():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_held_out_pictures_ask_for_every_answer(kind):
+def test_the_held_out_pictures_have_every_answer(kind):
     _, facts = held_out(800, 5)
     asked = facts[kind][facts[kind] >= 0]
     assert set(asked.tolist()) == set(range(len(KINDS[kind])))
@@ -79,7 +79,7 @@ def test_the_held_out_pictures_ask_for_every_answer(kind):
 
 def test_six_kinds_of_question_cannot_be_guessed():
     low = [kind for kind, share in chance(2000, RECORDED_SEED).items() if share <= CHANCE]
-    assert len(low) >= 6, f"always the same answer is right in over {CHANCE:.0%} but for {low}"
+    assert len(low) >= 6, f"a constant answer is right in over {CHANCE:.0%}, except for {low}"
 
 
 # Tokenizer and prompts
@@ -93,7 +93,7 @@ def test_any_text_comes_back_from_its_tokens(text):
 
 @pytest.mark.parametrize("name", sorted(specs()))
 def test_the_datasets_prompts_are_short(name):
-    """About a token a word: LoRA steps on the pocket model stay cheap."""
+    """About one token for each word, so that LoRA steps on the pocket model stay cheap."""
     spec = specs()[name]
     text = instruction(spec)
     assert len(PROCESSOR.tokenizer(text)["input_ids"]) <= 48
@@ -101,7 +101,7 @@ def test_the_datasets_prompts_are_short(name):
     assert longest <= 10
 
 
-def test_the_prompt_has_internvls_form():
+def test_the_prompt_has_the_form_of_internvl():
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "ring."}]},
@@ -117,11 +117,11 @@ def test_the_prompt_has_internvls_form():
 
 
 def test_copying_reaches_every_token_of_the_datasets_prompts():
-    """No label word's row of the embedding or the head is left as it was drawn."""
+    """Training changes every label word's row in the embedding and in the head."""
     vlm, rng = fresh(), np.random.default_rng(0)
     tokenizer = PROCESSOR.tokenizer
     asked, written = set[int](), set[int]()
-    for _ in range(10_000):  # a training has 36,000
+    for _ in range(10_000):  # training has 36,000
         question = train.copying(vlm, rng)
         asked.update(tokenizer(question.instruction)["input_ids"])
         written.update(tokenizer(response(question.answer))["input_ids"])
@@ -134,8 +134,8 @@ def test_copying_reaches_every_token_of_the_datasets_prompts():
 # Training
 
 
-def test_a_question_in_a_row_of_many_reads_as_if_it_stood_alone():
-    """The shared row is exact: mask and restarted positions hide the other questions."""
+def test_a_question_among_others_gives_the_result_of_a_question_alone():
+    """The row that branches is exact: mask and positions hide the other questions."""
     vlm = fresh()
     turns = [(vlm.prompt(canonical(k)), vlm.response_ids("a b.")) for k in ("shape", "count")]
     images = held_out(1, 7)[0]
@@ -152,9 +152,9 @@ def test_a_question_in_a_row_of_many_reads_as_if_it_stood_alone():
 
 
 def test_fifty_steps_twice_give_the_same_weights(monkeypatch):
-    monkeypatch.setattr(train, "SEEING_STEPS", 20)  # the same code on less
+    monkeypatch.setattr(train, "FACT_STEPS", 20)  # the same code on less
     monkeypatch.setattr(train, "ANSWERING_STAGES", ((15, 1), (15, 8)))
-    monkeypatch.setattr(train, "SEEN", 8)
+    monkeypatch.setattr(train, "FACT_PICTURES", 8)
     monkeypatch.setattr(train, "PICTURES", 3)
     runs = []
     for _ in range(2):
@@ -165,12 +165,12 @@ def test_fifty_steps_twice_give_the_same_weights(monkeypatch):
     assert losses == again
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
-    seeing, answering = losses[:20], losses[20:]
-    assert np.mean(seeing[-5:]) < np.mean(seeing[:5])
-    assert np.mean(answering[-5:]) < np.mean(answering[:5])
+    facts, answers = losses[:20], losses[20:]
+    assert np.mean(facts[-5:]) < np.mean(facts[:5])
+    assert np.mean(answers[-5:]) < np.mean(answers[:5])
 
 
-def test_importing_the_folders_path_takes_no_torch():
+def test_importing_the_folders_path_does_not_import_torch():
     code = "import sys, vitask.pocket; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -188,7 +188,7 @@ def card() -> dict:
     return json.loads((POCKET / "heldout.json").read_text())
 
 
-def test_the_folder_is_one_of_transformers(pocket):
+def test_transformers_loads_the_folder(pocket):
     assert isinstance(AutoProcessor.from_pretrained(POCKET), InternVLProcessor)
     assert type(pocket.model) is InternVLForConditionalGeneration
     assert all(p.dtype == torch.float32 for p in pocket.model.parameters())
@@ -197,8 +197,8 @@ def test_the_folder_is_one_of_transformers(pocket):
     assert sum(file.stat().st_size for file in weights) <= 10 * 2**20
 
 
-def test_the_saved_tokenizer_is_the_one_that_is_made_here(pocket):
-    """The corpus has not drifted from the weights."""
+def test_the_saved_tokenizer_equals_a_new_one(pocket):
+    """The corpus still fits the weights."""
     saved = pocket.processor.tokenizer
     assert saved.get_vocab() == PROCESSOR.tokenizer.get_vocab()
     assert pocket.processor.chat_template == PROCESSOR.chat_template
@@ -216,9 +216,9 @@ def test_the_recorded_accuracy_is_high_and_needs_the_image(card):
     assert shuffled <= np.mean([guess[kind] for kind in hard]) + 0.05
 
 
-def test_the_recorded_accuracy_is_found_again_on_other_pictures(pocket):
+def test_the_recorded_accuracy_holds_on_other_pictures(pocket):
     found = accuracy(pocket, 128, seed=11)
     assert np.mean(list(found.values())) >= 0.8
     shuffled = accuracy(pocket, 128, seed=11, shuffled=True)
-    # some hundred answers a kind: the mean over the kinds strays by about 0.02
+    # about a hundred answers of each kind: the mean over the kinds varies by about 0.02
     assert np.mean(list(shuffled.values())) <= np.mean(list(chance(128, 11).values())) + 0.06

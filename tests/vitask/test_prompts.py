@@ -1,4 +1,6 @@
-"""Prompts and answers: the contract's texts, and label <-> text both ways."""
+"""Prompts and answers: their exact texts, and label <-> text in both directions."""
+
+import json
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ def spec(classes, task="multi-class"):
 MULTI = spec(["atelectasis", "mass", "edema"], "multi-label, binary-class")
 
 
-def test_instruction_and_response_are_the_contracts_texts():
+def test_instruction_and_response_have_the_exact_texts():
     assert instruction(spec(["melanoma", "nevus"])) == (
         "Analyze the given dermatoscope image. The possible diagnoses are: melanoma; nevus."
     )
@@ -50,7 +52,7 @@ def test_case_space_and_final_period_do_not_count(written):
 
 
 @pytest.mark.parametrize("written", ["", "melanom", "melanoma nevus", "melanoma; nevus", "no"])
-def test_anything_else_is_invalid_and_never_guessed(written):
+def test_any_other_text_is_invalid(written):
     assert candidates(spec(["nevus", "melanoma"]), np.array([])).parse(written) is None
 
 
@@ -69,7 +71,7 @@ def test_label_to_text_and_back(classes):
         assert found.parse(response(answer(spec(classes), label))) == label
 
 
-def test_multi_label_candidates_are_singles_none_and_frequent_sets_of_the_training_part():
+def test_multi_label_candidates_are_singles_none_and_frequent_sets_of_the_train_split():
     rows = [[1, 1, 0]] * 3 + [[0, 1, 1]] * 5 + [[1, 0, 0]] * 9 + [[0, 0, 0]] * 9
     found = candidates(MULTI, np.array(rows))
     assert found.texts == (
@@ -82,6 +84,17 @@ def test_multi_label_candidates_are_singles_none_and_frequent_sets_of_the_traini
     )
     assert found.members[4].tolist() == [False, True, True]
     assert found.coverage(np.array([[0, 1, 1], [1, 1, 1], [0, 0, 0], [1, 0, 0]])) == 0.75
+
+
+def test_candidates_come_back_from_their_card_as_json():
+    found = candidates(MULTI, np.array([[1, 1, 0], [0, 1, 1]]))
+    card = json.loads(json.dumps(found.card()))
+    assert card["answers"][3] == "no finding"
+    assert card["members"][3:5] == [[], [0, 1]]
+    again = Candidates.of_card(card, classes=3)
+    assert again.texts == found.texts
+    assert np.array_equal(again.members, found.members)
+    assert again.members.dtype == bool
 
 
 def test_at_most_64_frequent_label_sets():
@@ -104,13 +117,13 @@ def test_forms_leave_out_what_their_names_say(form):
     spec = medmnist.spec("dermamnist")
     text = instruction(spec, form)
     named = [text.find(label) for label in spec.classes]
-    there = sum(place >= 0 for place in named)
+    listed = sum(place >= 0 for place in named)
     share = {"no_list": 0, "empty": 0, "list_75": 5, "list_50": 3, "list_25": 1}
-    assert there == share.get(form, 7)
+    assert listed == share.get(form, 7)
     assert (spec.modality in text) == (form not in ("no_modality", "empty"))
     if form.startswith("shuffled"):
         assert named != sorted(named)
-    elif there:
+    elif listed:
         assert [n for n in named if n >= 0] == sorted(n for n in named if n >= 0)
     assert (text == instruction(spec)) == (form == "complete")
 

@@ -1,4 +1,4 @@
-"""Recipes: what they take from each source, their studies, and reading old and new JSON."""
+"""Recipes: their sources and studies, JSON of this and earlier versions, refused values."""
 
 import json
 from dataclasses import asdict, replace

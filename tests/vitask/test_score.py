@@ -1,4 +1,4 @@
-"""Constrained scoring and generation: one batch or many, one forward per class or one for all."""
+"""Constrained scoring and generation do not depend on batches, nor on one forward or many."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from vitask.vlm import VLM
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint, tiny_datasets):
-    """Every adapter and connector weight random: LoRA's B starts at zero and would hide faults."""
+    """All adapter and connector weights are random: LoRA's B starts at zero, which hides faults."""
     torch.manual_seed(0)
     vlm = VLM.load(str(tiny_checkpoint))
     vlm.add_lora(rank=4, alpha=8, dropout=0.0)
@@ -66,8 +66,8 @@ def test_batch_1_and_batch_64_score_alike_over_all_datasets(model, tiny_datasets
     )
     assert model.recipe.score_batch_size == 64
     for name, dataset in tiny_datasets.items():
-        parts = np.concatenate([split.images for split in dataset.splits.values()])
-        images = np.concatenate([parts, parts[:, ::-1]])  # a whole batch of 64, and a rest
+        upright = np.concatenate([split.images for split in dataset.splits.values()])
+        images = np.concatenate([upright, upright[:, ::-1]])  # a whole batch of 64, and a rest
         assert len(images) == 96
         tokens = model.image_tokens(images, exemplar=exemplar)
         many, single = model.score(name, tokens), one.score(name, tokens)
@@ -111,7 +111,7 @@ def test_logits_made_piece_by_piece_give_the_same_scores(model, tiny_datasets, m
     np.testing.assert_allclose(model.score("many", tokens), whole, atol=1e-5)
 
 
-def test_trie_holds_every_beginning_once():
+def test_a_trie_has_every_prefix_once():
     trie = Trie([(7, 8, 9), (7, 8, 5, 9), (6, 9), (9,)])
     assert trie.token == [-1, 7, 8, 5, 6]
     assert trie.parent == [0, 0, 1, 2, 0]
@@ -130,7 +130,9 @@ def test_generation_is_the_arg_max_token_by_token(model, tiny_datasets):
     assert generate(vlm, [prompt], tokens, max_new_tokens=5) == [vlm.decode(ids)]
 
 
-def test_prompts_of_different_lengths_write_together_as_alone(model, tiny_datasets):
+def test_prompts_of_different_lengths_give_the_same_answers_together_and_alone(
+    model, tiny_datasets
+):
     tokens = model.image_tokens(images_of(tiny_datasets, "two")[:4], exemplar=True)
     vlm, asked = model.vlm, ["Name it.", "What, in so many words, is to be seen here?", "?", "Say."]
     prompts = [vlm.prompt(text) for text in asked]

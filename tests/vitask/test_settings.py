@@ -1,4 +1,4 @@
-"""Recipes as texts and TOML files: what is written is read again, and every mistake is named."""
+"""Recipes as texts and TOML files: a written recipe is read again, every mistake is named."""
 
 from dataclasses import replace
 

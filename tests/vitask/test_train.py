@@ -1,4 +1,4 @@
-"""Tuning: what trains, what stays frozen, when, and that one seed gives one result."""
+"""Tuning: trained and frozen modules in each stage, and one result for one seed."""
 
 import json
 from dataclasses import replace
@@ -89,7 +89,7 @@ def test_every_loss_is_logged_and_crt_enters_in_stage_2(tuned):
     )
 
 
-def test_validation_curves_are_kept_and_the_best_epoch_chosen(tuned):
+def test_validation_curves_are_logged_and_the_best_epoch_is_chosen(tuned):
     _, log = tuned
     means = [np.mean([mode["mean"] for mode in epoch.values()]) for epoch in log.validation]
     assert log.chosen == 1 + int(np.argmax(means))
@@ -122,7 +122,7 @@ def test_only_adapters_and_connector_change(recipe, tiny_datasets, tsm, tuned):
 
 
 def test_shared_and_three_forwards_train_alike(recipe, tiny_datasets, tsm):
-    """The same run by either step: what rounding leaves after an epoch, and nothing more."""
+    """The same run with either step: after an epoch only rounding differs."""
     small = replace(recipe, learning_rate=1e-4)
     logs = [run(replace(small, step=step), tiny_datasets, tsm)[1] for step in ("shared", "three")]
     for ours, theirs in zip(logs[0].losses, logs[1].losses, strict=True):
@@ -141,13 +141,13 @@ def test_the_connector_stops_training_at_stage_2(recipe, tiny_datasets, tsm, mon
 
     def after_each_epoch(stage2_epochs):
         stages = {"stage1_epochs": 2 - stage2_epochs, "stage2_epochs": stage2_epochs}
-        seen = []
+        states = []
 
         def watch(what, epoch, epochs):
-            seen.append({k: v.detach().clone() for k, v in made[-1].state_dict().items()})
+            states.append({k: v.detach().clone() for k, v in made[-1].state_dict().items()})
 
         run(replace(recipe, **stages), tiny_datasets, tsm, on_epoch=watch)
-        return [all(torch.equal(seen[0][k], epoch[k]) for k in seen[0]) for epoch in seen]
+        return [all(torch.equal(states[0][k], state[k]) for k in states[0]) for state in states]
 
     assert after_each_epoch(stage2_epochs=1) == [True, True]
     assert after_each_epoch(stage2_epochs=0) == [True, False]
@@ -171,7 +171,7 @@ def test_every_variant_tunes_and_scores(recipe, tiny_datasets, tsm, change):
         ("vision", {"multi_modal_projector", "vision_tower"}),
     ],
 )
-def test_seeing_parts_train_are_saved_and_loaded(
+def test_vision_modules_train_and_are_saved_and_loaded(
     recipe, tiny_datasets, tsm, tmp_path, trained, moves
 ):
     changed = replace(vanilla(recipe), trained=trained, step="three", vision_learning_rate=1e-2)
@@ -181,20 +181,20 @@ def test_seeing_parts_train_are_saved_and_loaded(
     model, _ = tune(vlm, tiny_datasets, changed, 0, image=pixels)
     moved = {n for n, p in vlm.model.named_parameters() if n in before and (p != before[n]).any()}
     assert {n.split(".")[1] for n in moved} == moves
-    model.save_pretrained(tmp_path / "seeing")
-    loaded = VITask.from_pretrained(tmp_path / "seeing")
+    model.save_pretrained(tmp_path / "vision")
+    loaded = VITask.from_pretrained(tmp_path / "vision")
     images = tiny_datasets["two"].splits["test"].images
     assert (loaded.predict("two", images) == model.predict("two", images)).all()
-    kept = model.image_inputs(pixels("two", "test"))
-    torch.testing.assert_close(kept, model.vlm.image_features(images))
+    inputs = model.image_inputs(pixels("two", "test"))
+    torch.testing.assert_close(inputs, model.vlm.image_features(images))
 
 
-def test_what_trains_the_image_tokens_needs_the_plain_forwards(recipe):
+def test_trained_image_tokens_need_the_plain_forwards(recipe):
     with pytest.raises(ValueError, match=r"trains 'vision' with step 'shared'.*step='three'"):
         replace(recipe, trained="vision")
 
 
-def test_vanilla_sees_the_same_batches_and_has_no_exemplar(recipe, tiny_datasets, tsm, tuned):
+def test_vanilla_has_the_same_batches_and_no_exemplar(recipe, tiny_datasets, tsm, tuned):
     model, log = run(vanilla(recipe), tiny_datasets, tsm)
     assert model.connector is None
     assert log.without_negative == tuned[1].without_negative
@@ -233,10 +233,10 @@ def test_a_checkpoint_of_format_1_loads_and_a_newer_one_says_what_to_do(
         VITask.from_pretrained(folder)
 
 
-def test_saving_never_replaces_what_is_no_checkpoint(tuned, tmp_path):
+def test_saving_replaces_only_a_checkpoint(tuned, tmp_path):
     model, _ = tuned
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something else than a checkpoint"):
+    with pytest.raises(ValueError, match="holds files that are not a checkpoint"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
@@ -261,8 +261,8 @@ def test_plug_uses_the_other_tsm_through_the_same_connector(tuned, tiny_datasets
 
 
 @pytest.fixture
-def rows(recipe, tiny_datasets, tsm):
-    """The three branches of one batch, adapters and connector random."""
+def batch(recipe, tiny_datasets, tsm):
+    """Model, connector and one batch; adapters and connector are random."""
     torch.manual_seed(0)
     vlm = VLM.load(recipe.vlm)
     vlm.add_lora(rank=2, alpha=4, dropout=0.0)
@@ -278,34 +278,34 @@ def rows(recipe, tiny_datasets, tsm):
         Features(tiny_datasets, tsm.features),
     )
     at = [0, 1, 2, 31, 32]
-    samples = BatchInputs(
+    inputs = BatchInputs(
         prompts=[data.prompts[data.instruction[i]] for i in at],
         responses=[data.responses[data.response[i]] for i in at],
         image=data.image[at],
         exemplar=data.exemplar[at],
         negative=torch.tensor([1, -1, 0, 4, -1]),
     )
-    return vlm, connector, samples
+    return vlm, connector, inputs
 
 
-def test_negative_branch_is_the_same_response_after_the_other_image(rows):
-    vlm, connector, samples = rows
+def test_negative_branch_is_the_same_response_after_the_other_image(batch):
+    vlm, connector, inputs = batch
     with torch.no_grad():
-        done = three_forwards(vlm, connector, samples, "cls")
-        swapped = samples._replace(image=samples.image[[1, 1, 0, 4, 4]], negative=None)
+        done = three_forwards(vlm, connector, inputs, "cls")
+        swapped = inputs._replace(image=inputs.image[[1, 1, 0, 4, 4]], negative=None)
         expected = three_forwards(vlm, None, swapped, "cls").hidden
     torch.testing.assert_close(done.negative_hidden, expected[done.negative_rows])
     counts = [
-        len(r) if n >= 0 else 0 for r, n in zip(samples.responses, samples.negative, strict=True)
+        len(r) if n >= 0 else 0 for r, n in zip(inputs.responses, inputs.negative, strict=True)
     ]
     assert len(done.negative_rows) == sum(counts)
 
 
-def test_the_exemplar_branch_differs_and_the_base_branch_does_not_see_it(rows):
-    vlm, connector, samples = rows
+def test_the_exemplar_branch_differs_and_the_base_branch_does_not_depend_on_it(batch):
+    vlm, connector, inputs = batch
     with torch.no_grad():
-        done = three_forwards(vlm, connector, samples, "cls")
-        alone = three_forwards(vlm, None, samples._replace(exemplar=None), "cls")
+        done = three_forwards(vlm, connector, inputs, "cls")
+        alone = three_forwards(vlm, None, inputs._replace(exemplar=None), "cls")
     assert torch.equal(done.hidden, alone.hidden)
     assert (done.exemplar_hidden - done.hidden).abs().max() > 1e-3
 
@@ -318,9 +318,9 @@ def test_the_exemplar_branch_differs_and_the_base_branch_does_not_see_it(rows):
     ],
     ids=["RDA", "RDA*"],
 )
-def test_rda_reaches_the_connector_only_without_detach(rows, weights, detach, reached):
-    vlm, connector, samples = rows
-    done = three_forwards(vlm, connector, samples, "cls")
+def test_rda_reaches_the_connector_only_without_detach(batch, weights, detach, reached):
+    vlm, connector, inputs = batch
+    done = three_forwards(vlm, connector, inputs, "cls")
     losses = joint_loss(vlm, done, weights, detach_exemplar=detach)
     only_ep = joint_loss(vlm, done, Weights(0.0, 0.0), detach_exemplar=detach)
     gradients = [
@@ -356,10 +356,10 @@ def test_self_check_passes_on_images_and_stops_on_a_model_that_ignores_them(tune
         check_image_sensitivity(model, tiny_datasets, blind)
 
 
-def test_training_step_makes_logits_in_the_fused_operation_alone(rows, monkeypatch):
+def test_training_step_makes_logits_in_the_fused_operation_alone(batch, monkeypatch):
     from kernels import joint
 
-    vlm, connector, samples = rows
+    vlm, connector, inputs = batch
     calls, widths, inside = [], set(), []
     fused = joint._forward
 
@@ -370,7 +370,7 @@ def test_training_step_makes_logits_in_the_fused_operation_alone(rows, monkeypat
         inside.pop()
         return result
 
-    class Seen(TorchDispatchMode):
+    class Widths(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             if not inside and isinstance(result, torch.Tensor) and result.ndim:
@@ -378,8 +378,8 @@ def test_training_step_makes_logits_in_the_fused_operation_alone(rows, monkeypat
             return result
 
     monkeypatch.setattr(joint, "_forward", watched)
-    done = three_forwards(vlm, connector, samples, "cls")
-    with Seen():
+    done = three_forwards(vlm, connector, inputs, "cls")
+    with Widths():
         joint_loss(vlm, done, Weights(1.0, 1.0), detach_exemplar=True).total.backward()
     assert len(calls) == 1
     assert widths

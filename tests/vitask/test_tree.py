@@ -1,4 +1,4 @@
-"""Rows that branch: what they compute is what every sequence alone would give."""
+"""Rows that branch give the result of every sequence alone."""
 
 from dataclasses import replace
 from functools import cache
@@ -24,7 +24,7 @@ TEXTS = ("qwen2", "llama", "pocket")
 
 
 class ExactNorm(nn.Module):
-    """RMSNorm in the dtype of its input: transformers' own computes in float32."""
+    """RMSNorm in the dtype of its input: that of transformers computes in float32."""
 
     def __init__(self, norm: Qwen2RMSNorm | LlamaRMSNorm) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class ExactNorm(nn.Module):
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """load(text, dtype) -> VLM and connectors whose weights are all random: zeros hide faults."""
+    """load(text, dtype) -> VLM and connector, with random weights only: zeros hide faults."""
     place = tmp_path_factory.mktemp("trees")
 
     @cache
@@ -66,7 +66,7 @@ def load(tmp_path_factory):
 
 @st.composite
 def batches(draw):
-    """Seeds, instructions, responses and negatives: ragged, mixed, hosts of none to several."""
+    """Seeds, instructions, responses and negatives, of all lengths; hosts of none to several."""
     kinds = draw(st.lists(st.integers(1, 30), min_size=1, max_size=3))  # length of instructions
     groups = [draw(st.integers(1, 5)) for _ in kinds]
     instruction = [k for k, count in enumerate(groups) for _ in range(count)]
@@ -79,7 +79,7 @@ def batches(draw):
     return draw(st.integers(0, 2**31 - 1)), kinds, instruction, responses, negative, tokens
 
 
-def samples_of(vlm: VLM, batch, dtype: torch.dtype, *, image_tokens: int = 4) -> BatchInputs:
+def inputs_of(vlm: VLM, batch, dtype: torch.dtype, *, image_tokens: int = 4) -> BatchInputs:
     seed, kinds, instruction, responses, negative, tokens = batch
     generator = torch.Generator().manual_seed(seed)
     vocab = len(vlm.head)
@@ -103,10 +103,10 @@ def samples_of(vlm: VLM, batch, dtype: torch.dtype, *, image_tokens: int = 4) ->
     )
 
 
-def outcome(forward, vlm, connector, samples, variant, detach):
+def outcome(forward, vlm, connector, inputs, variant, detach):
     """Hidden rows, losses and the gradient of every trained parameter."""
     trained = [p for p in [*vlm.adapter.parameters(), *connector.parameters()] if p.requires_grad]
-    rows = forward(vlm, connector, samples, variant)
+    rows = forward(vlm, connector, inputs, variant)
     losses = joint_loss(vlm, rows, Weights(0.7, 1.3), detach_exemplar=detach)
     gradients = torch.autograd.grad(losses.total, trained, allow_unused=True)
     return rows, torch.stack([*losses]).detach(), [
@@ -114,9 +114,9 @@ def outcome(forward, vlm, connector, samples, variant, detach):
     ]  # fmt: skip
 
 
-def assert_equal(vlm, connector, samples, variant, detach, allowed):
-    expected = outcome(three_forwards, vlm, connector, samples, variant, detach)
-    found = outcome(shared_forward, vlm, connector, samples, variant, detach)
+def assert_equal(vlm, connector, inputs, variant, detach, allowed):
+    expected = outcome(three_forwards, vlm, connector, inputs, variant, detach)
+    found = outcome(shared_forward, vlm, connector, inputs, variant, detach)
 
     def distance(a: Tensor, b: Tensor) -> float:
         return float((a - b).double().norm() / b.double().norm().clamp(min=1e-300))
@@ -138,8 +138,8 @@ def assert_equal(vlm, connector, samples, variant, detach, allowed):
 @given(batch=batches(), variant=st.sampled_from(["cls", "all", "rep"]), detach=st.booleans())
 def test_one_forward_equals_three_in_float64(load, text, batch, variant, detach):
     vlm, connector = load(text, torch.float64)
-    samples = samples_of(vlm, batch, torch.float64)
-    assert_equal(vlm, connector, samples, variant, detach, allowed=1e-9)
+    inputs = inputs_of(vlm, batch, torch.float64)
+    assert_equal(vlm, connector, inputs, variant, detach, allowed=1e-9)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -147,8 +147,8 @@ def test_one_forward_equals_three_in_float64(load, text, batch, variant, detach)
 @given(batch=batches(), variant=st.sampled_from(["cls", "all", "rep"]))
 def test_one_forward_equals_three_in_float32(load, text, batch, variant):
     vlm, connector = load(text, torch.float32)
-    samples = samples_of(vlm, batch, torch.float32)
-    assert_equal(vlm, connector, samples, variant, True, allowed=1e-4)
+    inputs = inputs_of(vlm, batch, torch.float32)
+    assert_equal(vlm, connector, inputs, variant, True, allowed=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention trains on CUDA only")
@@ -160,13 +160,13 @@ def test_flex_attention_trains_as_sdpa_does():
         vlm = VLM.load("pocket", device="cuda", attention=attention)
         vlm.add_lora(rank=4, alpha=8, dropout=0.0)
         connector = ExemplarConnector(6, vlm.hidden_size).to("cuda")
-        on_cpu = samples_of(vlm, batch, torch.float32)
-        samples = on_cpu._replace(
+        on_cpu = inputs_of(vlm, batch, torch.float32)
+        inputs = on_cpu._replace(
             image=on_cpu.image.cuda(),
             exemplar=on_cpu.exemplar.cuda(),
             negative=on_cpu.negative.cuda(),
         )
-        found.append(outcome(shared_forward, vlm, connector, samples, "cls", True))
+        found.append(outcome(shared_forward, vlm, connector, inputs, "cls", True))
     (_, losses, gradients), (_, others, other_gradients) = found
     torch.testing.assert_close(losses, others, rtol=1e-4, atol=1e-5)
     ours, theirs = (torch.cat([g.flatten() for g in side]) for side in (gradients, other_gradients))
@@ -174,39 +174,37 @@ def test_flex_attention_trains_as_sdpa_does():
 
 
 @pytest.mark.parametrize("missing", ["exemplar", "negative", "both", "negatives"])
-def test_branches_that_are_absent_stay_absent(load, missing):
+def test_absent_branches_stay_absent(load, missing):
     vlm, connector = load("qwen2", torch.float64)
     batch = (0, [5, 9], [0, 0, 1, 1], [2, 3, 1, 4], [1, 0, 3, 2], 1)
-    samples = samples_of(vlm, batch, torch.float64)
+    inputs = inputs_of(vlm, batch, torch.float64)
     if missing in ("exemplar", "both"):
-        samples = samples._replace(exemplar=None)
+        inputs = inputs._replace(exemplar=None)
     if missing in ("negative", "both"):
-        samples = samples._replace(negative=None)
+        inputs = inputs._replace(negative=None)
     if missing == "negatives":
-        samples = samples._replace(negative=torch.full((4,), -1))
-    theirs = three_forwards(vlm, connector, samples, "cls")
-    ours = shared_forward(vlm, connector, samples, "cls")
+        inputs = inputs._replace(negative=torch.full((4,), -1))
+    theirs = three_forwards(vlm, connector, inputs, "cls")
+    ours = shared_forward(vlm, connector, inputs, "cls")
     for name, a, b in zip(ours._fields, ours, theirs, strict=True):
         assert (a is None) == (b is None), name
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_no_branch_sees_another(load):
+def test_branches_are_independent(load):
     vlm, connector = load("qwen2", torch.float64)
     batch = (3, [6], [0, 0, 0], [3, 2, 4], [1, 2, 1], 3)
-    samples = samples_of(vlm, batch, torch.float64)
+    inputs = inputs_of(vlm, batch, torch.float64)
     with torch.no_grad():
-        rows = shared_forward(vlm, connector, samples, "all")
-        other = shared_forward(
-            vlm, connector, samples._replace(exemplar=samples.exemplar + 1), "all"
-        )
-        changed = [*samples.responses[:2], tuple(7 for _ in samples.responses[2])]
-        third = shared_forward(vlm, connector, samples._replace(responses=changed), "all")
+        rows = shared_forward(vlm, connector, inputs, "all")
+        other = shared_forward(vlm, connector, inputs._replace(exemplar=inputs.exemplar + 1), "all")
+        changed = [*inputs.responses[:2], tuple(7 for _ in inputs.responses[2])]
+        third = shared_forward(vlm, connector, inputs._replace(responses=changed), "all")
     assert torch.equal(rows.hidden, other.hidden)
     assert torch.equal(rows.negative_hidden, other.negative_hidden)
     assert not torch.equal(rows.exemplar_hidden, other.exemplar_hidden)
-    first = len(samples.responses[0]) + len(samples.responses[1])
+    first = len(inputs.responses[0]) + len(inputs.responses[1])
     assert torch.equal(rows.hidden[:first], third.hidden[:first])
     assert torch.equal(rows.negative_hidden[:first], third.negative_hidden[:first])
 
@@ -220,7 +218,7 @@ ROWS = [
 ]
 
 
-def test_layout_is_what_it_says():
+def test_layout_has_ids_positions_mask_slots_and_predicting_columns():
     layout = Layout.of(ROWS)
     assert layout.ids.tolist() == [[1, 2, 3, 4, 5, 6], [7, 0, 0, 0, 0, 0]]
     assert layout.positions.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 2, 0, 0, 0]]
@@ -235,13 +233,13 @@ def test_layout_is_what_it_says():
     assert layout.mask[1, 0, :3].int().tolist() == [
         [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
     ]  # fmt: skip
-    assert layout.mask[1, 0].any(-1).all()  # a row of a mask that is all False gives NaN
+    assert layout.mask[1, 0].any(-1).all()  # attention gives NaN for a row without any True
     assert layout.slots["image"].tolist() == [[1, 1], [1, 2]]
     assert layout.predicting(0, 3, 2) == [2, 5]
-    assert layout.predicting(1, 2, 1) == [0]  # over an empty segment to what stands before
+    assert layout.predicting(1, 2, 1) == [0]  # past an empty segment to the token before
 
 
-def test_embeddings_hold_features_in_the_order_of_the_rows():
+def test_embeddings_have_features_in_the_order_of_the_rows():
     layout = Layout.of(ROWS)
     features = {"image": torch.tensor([[[10.0], [11.0]]])}
     embeddings = layout.embeddings(lambda ids: ids[..., None].float(), features)
@@ -249,7 +247,7 @@ def test_embeddings_hold_features_in_the_order_of_the_rows():
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=30))
-def test_buckets_hold_every_row_once_and_bound_the_padding(lengths):
+def test_buckets_have_every_row_once_and_bound_the_padding(lengths):
     found = buckets(lengths)
     assert sorted(row for bucket in found for row in bucket) == list(range(len(lengths)))
     for bucket in found:

@@ -1,4 +1,4 @@
-"""The task-specific model: shared head, each sample's loss over its own classes, features."""
+"""The TSM: its shared head, losses over the classes of one dataset, features."""
 
 from dataclasses import replace
 
@@ -56,7 +56,7 @@ def test_any_timm_model_gives_pooled_and_patch_features(name, tokens, images):
     assert (pooled[0] != pooled[1]).any()
 
 
-def test_cls_is_what_the_classifier_sees(images):
+def test_cls_is_the_input_of_the_classifier(images):
     torch.manual_seed(0)
     model = TSM("test_vit", heads(SPECS), 32).eval()
     logits = model.backbone.get_classifier()(model.features(images, "cls"))
@@ -99,10 +99,10 @@ def test_saved_and_loaded_features_are_bit_equal(images, tmp_path):
 def test_augmentation_mirrors_and_shifts_only():
     pixels = torch.arange(2 * 3 * 16 * 16).reshape(2, 3, 16, 16).float()
     rng = np.random.default_rng(0)
-    seen = [augment(pixels, rng) for _ in range(20)]
-    assert all(s.shape == pixels.shape for s in seen)
-    assert any((s != pixels).any() for s in seen)
-    inner = {float(s[0, 0, 8, 8]) for s in seen}
+    augmented = [augment(pixels, rng) for _ in range(20)]
+    assert all(a.shape == pixels.shape for a in augmented)
+    assert any((a != pixels).any() for a in augmented)
+    inner = {float(a[0, 0, 8, 8]) for a in augmented}
     assert inner <= set(pixels[0, 0].flatten().tolist())
 
 

@@ -1,4 +1,4 @@
-"""The thin layer over transformers: the same numbers as transformers' own way, nothing lost."""
+"""The thin layer over transformers gives the same numbers as transformers itself."""
 
 import shutil
 
@@ -45,7 +45,7 @@ def test_hidden_rows_and_head_give_the_models_own_logits(vlm, images):
     )
 
 
-def test_prompt_is_cut_right_behind_the_image(vlm):
+def test_prompt_is_cut_right_after_the_image(vlm):
     prompt = vlm.prompt(INSTRUCTION)
     tokenizer = vlm.processor.tokenizer
     assert tokenizer.decode(prompt.before).endswith("<img>")
@@ -78,7 +78,7 @@ def test_images_of_another_dtype_are_refused(vlm):
         vlm.image_features(np.zeros((1, 28, 28)))
 
 
-def test_lora_trains_the_llms_linear_layers_and_nothing_else(tiny_checkpoint):
+def test_lora_trains_the_linear_layers_of_the_language_model_only(tiny_checkpoint):
     vlm = VLM.load(str(tiny_checkpoint))
     vlm.add_lora(rank=2, alpha=4, dropout=0.0)
     trained = {n for n, p in vlm.adapter.named_parameters() if p.requires_grad}
@@ -110,17 +110,17 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         VLM.load(str(tmp_path / "nowhere"))
 
 
-# How transformers makes FlexAttention's causal mask.
+# transformers makes FlexAttention's causal mask with this flag.
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
-def test_every_attention_sees_the_same_through_a_mask_of_pairs(attention):
+def test_every_attention_gives_the_same_result_with_a_mask_of_pairs(attention):
     if attention == "flex_attention" and not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("no C++ compiler for torch.compile, which FlexAttention needs")
     torch.manual_seed(0)
     vlm = VLM.load("pocket")
     embeddings = torch.randn(2, 40, vlm.hidden_size)
     pairs = torch.rand(2, 1, 40, 40).gt(0.5).tril() | torch.eye(40, dtype=torch.bool)
-    masks = (pairs, pairs[:1], None)  # of each row, of all rows, causal
+    masks = (pairs, pairs[:1], None)  # for each row, for all rows, causal
     with torch.no_grad():  # on the CPU FlexAttention has no backward pass
         expected = [vlm.hidden(embeddings, mask=mask) for mask in masks]
         vlm.model.config.text_config._attn_implementation = attention

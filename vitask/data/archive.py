@@ -1,4 +1,4 @@
-"""Read a `.npz` in MedMNIST's key layout, and refuse whatever is not exactly that.
+"""Read a `.npz` in MedMNIST's key layout, and refuse any other content.
 
 Keys `train_images`, `train_labels`, `val_images`, ... ; images uint8 (n, size, size) or
 (n, size, size, 3); labels integers (n, 1), or (n, classes) of 0 and 1 for multi-label.
@@ -25,13 +25,15 @@ def load_file(
     expected_md5: str | None = None,
     allow_unverified: bool = False,
 ) -> Dataset:
-    """The dataset in a file, after every check that the description allows.
+    """The dataset in a file, after every check against its description.
 
     size:             side of its images in pixels
-    expected_md5:     the publisher's; None where there is no official file
-    allow_unverified: go on when the MD5 differs, with `md5_ok` False; all other checks stay
+    source:           of the `Dataset`, "medmnist" | "card"
+    expected_md5:     the publisher's; None if there is no official file
+    allow_unverified: go on if the MD5 differs, with `md5_ok` False; all other checks stay
 
-    ValueError names file, expected and found. Pickled arrays are never loaded.
+    A ValueError names the file, what was expected and what was found. Pickled arrays are never
+    loaded.
     """
     _check_archive(path)
     md5 = file_md5(path)
@@ -40,11 +42,11 @@ def load_file(
         raise ValueError(
             f"{path}: MD5 is {md5}, expected {expected_md5}; download the official file again "
             f"(python -m bench data download), or admit this one with --allow-unverified "
-            f"{spec.name}: every result then says so"
+            f"{spec.name}; every result then says so"
         )
     try:
         with np.load(path, allow_pickle=False) as archive:
-            groups = _check_keys(path, archive.files, own=expected_md5 is None)
+            groups = _check_keys(path, archive.files, groups_allowed=expected_md5 is None)
             splits = {}
             for split in SPLITS:
                 images = _images(path, archive, f"{split}_images", spec, split, size)
@@ -60,7 +62,7 @@ def load_file(
 
 
 def file_md5(path: Path) -> str:
-    """Hexadecimal MD5 of a file's bytes: a fingerprint, no protection against forgery."""
+    """Hexadecimal MD5 of a file's bytes: a fingerprint, not a protection against forgery."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, _md5).hexdigest()
 
@@ -71,7 +73,7 @@ def _md5() -> "hashlib._Hash":
 
 def _check_archive(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; put the .npz there, or name another data root")
+        raise ValueError(f"{path} does not exist; put the .npz there, or give another data root")
     if zipfile.is_zipfile(path):
         return
     length = path.stat().st_size
@@ -88,18 +90,18 @@ def _check_archive(path: Path) -> None:
     )
 
 
-def _check_keys(path: Path, found: list[str], own: bool) -> bool:
-    """Whether the file has groups; a ValueError for keys too many or too few."""
+def _check_keys(path: Path, found: list[str], *, groups_allowed: bool) -> bool:
+    """Whether the file has groups; ValueError for missing and unknown keys."""
     needed = {f"{split}_{what}" for split in SPLITS for what in ("images", "labels")}
-    grouped = {f"{split}_{_GROUPS}" for split in SPLITS} if own else set()
+    grouped = {f"{split}_{_GROUPS}" for split in SPLITS} if groups_allowed else set()
     missing, extra = needed - set(found), set(found) - needed - grouped
     if grouped & set(found):
         missing |= grouped - set(found)
     if missing or extra:
         raise ValueError(
             f"{path}: keys are {sorted(found)}, expected {sorted(needed)}"
-            f"{' and, if any, ' + str(sorted(grouped)) if own else ''}; "
-            f"missing {sorted(missing)}, unknown {sorted(extra)}: this is another kind of file"
+            f"{' and, if any, ' + str(sorted(grouped)) if groups_allowed else ''}; "
+            f"missing {sorted(missing)}, unknown {sorted(extra)}; give a file in MedMNIST's layout"
         )
     return bool(grouped & set(found))
 
@@ -107,14 +109,14 @@ def _check_keys(path: Path, found: list[str], own: bool) -> bool:
 def _array(path: Path, archive: "np.lib.npyio.NpzFile", key: str) -> np.ndarray:
     try:
         found = archive[key]
-        if not isinstance(found, np.ndarray):  # a member that does not begin as an array
+        if not isinstance(found, np.ndarray):  # a member that does not start like an array
             raise ValueError(f"starts with {bytes(found[:6])!r}")
         return found
     except ValueError as error:
         reason = "holds pickled objects" if "allow_pickle" in str(error) else f"({error})"
         raise ValueError(
             f"{path}: {key} cannot be read: it {reason}; expected a plain numeric array. Pickles "
-            "can run code and are never loaded: save the array again with its own dtype"
+            "can run code and are never loaded: save the array with a numeric dtype"
         ) from error
 
 
@@ -145,7 +147,7 @@ def _labels(
     if labels.shape != shape or labels.dtype.kind not in "iu":
         raise ValueError(
             f"{path}: {key} is {labels.dtype} {labels.shape}, expected integers {shape}, one row "
-            f"an image ({spec.task}); another version of the file?"
+            f"for each image ({spec.task}); another version of the file?"
         )
     top = 1 if spec.multi_label else len(spec.classes) - 1
     wrong = np.flatnonzero(((labels < 0) | (labels > top)).any(1))
@@ -163,6 +165,6 @@ def _group(path: Path, archive: "np.lib.npyio.NpzFile", key: str, count: int) ->
     if groups.shape != (count,) or groups.dtype.kind not in "Uiu":
         raise ValueError(
             f"{path}: {key} is {groups.dtype} {groups.shape}, expected texts or integers "
-            f"({count},), one an image"
+            f"({count},), one for each image"
         )
     return groups.astype(np.str_)

@@ -1,10 +1,9 @@
-"""Own datasets: a `.npz` in MedMNIST's key layout and a JSON card that describes it.
+"""Custom datasets: a `.npz` in MedMNIST's key layout and a JSON card that describes it.
 
 `<name>.json` holds name, modality, task, label, n_channels, n_samples, license and source, as
-medmnist's INFO does; beside it lies `<name>.npz` with the images at 28 pixels, or
-`<name>_224.npz` at 224. Optional keys of the archive, `train_groups`, `val_groups`,
-`test_groups`, say which images belong together (one patient, one lesion). Further fields of the
-card are notes.
+medmnist's INFO does. `<name>.npz` beside it has the images at 28 pixels, or `<name>_224.npz` at
+224. Optional keys of the archive, `train_groups`, `val_groups`, `test_groups`, say which images
+belong together (one patient, one lesion). Other fields of the card are notes.
 """
 
 import json
@@ -41,34 +40,34 @@ def names(roots: Sequence[Path]) -> tuple[str, ...]:
 
 
 def begun(name: str, roots: Sequence[Path]) -> bool:
-    """A card without an archive, or an archive without a card, lies in a root."""
+    """Whether a root has the card or the archive; `find` says which of the two is missing."""
     return bool(_NAME.fullmatch(name)) and any(
         Path(root, f"{name}{ending}").is_file() for root in roots for ending in (".json", ".npz")
     )
 
 
 def find(name: str, roots: Sequence[Path]) -> Path:
-    """The card in the first root that has card or archive; ValueError says what is missing."""
+    """The card in the first root that has card or archive; ValueError if there is no card."""
     for root in roots:
         card, archive = Path(root, f"{name}.json"), Path(root, f"{name}.npz")
         if card.is_file():
             return card
         if archive.is_file():
             raise ValueError(
-                f"{archive} has no card: {card} is missing; write one with the fields "
-                f"{', '.join(FIELDS)}"
+                f"{archive} has no card; write {card} with the fields {', '.join(FIELDS)}"
             )
-    raise ValueError(f"{name}.json is in none of {', '.join(map(str, roots)) or 'no data root'}")
+    searched = ", ".join(map(str, roots)) or "no data root"
+    raise ValueError(f"{name}.json is missing; looked in {searched}: give the folder that has it")
 
 
 def read_card(path: Path) -> DatasetSpec:
-    """A card as a description; ValueError names the field, what it holds and what it should."""
+    """The description in a card; a ValueError names the field, its value and what is expected."""
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path}: not a JSON card ({error}); expected an object") from error
     if not isinstance(card, dict):
-        raise ValueError(f"{path}: holds a {type(card).__name__}; expected an object with fields")
+        raise ValueError(f"{path}: holds a {type(card).__name__}; expected a JSON object")
     if missing := [field for field in FIELDS if field not in card]:
         raise ValueError(f"{path}: lacks {missing}; a card has the fields {', '.join(FIELDS)}")
     for field, kind in FIELDS.items():
@@ -79,7 +78,7 @@ def read_card(path: Path) -> DatasetSpec:
             )
     if card["name"] != path.stem:
         raise ValueError(
-            f"{path}: name is {card['name']!r}; expected the file's, {path.stem!r}: rename one"
+            f"{path}: name is {card['name']!r}; expected the file's name, {path.stem!r}: rename one"
         )
     if card["task"] not in TASKS:
         raise ValueError(f"{path}: task is {card['task']!r}; expected one of {list(TASKS)}")
@@ -100,14 +99,14 @@ def read_card(path: Path) -> DatasetSpec:
 
 
 def load(name: str, roots: Sequence[Path], *, size: int = 28) -> Dataset:
-    """The images of a card; there is no official MD5, so `md5` is the file's and `md5_ok` True."""
+    """The dataset of a card; no MD5 is official, so `md5` is the file's and `md5_ok` is True."""
     card = find(name, roots)
     path = card.with_name(f"{name}{'' if size == 28 else f'_{size}'}.npz")
     if not path.is_file():
-        there = [p.name for p in _archives(card)]
+        found = [p.name for p in _archives(card)]
         raise ValueError(
-            f"{path} is missing beside its card; found {there or 'no archive'}: put the images of "
-            f"{size} pixels there, or ask for another size"
+            f"{path} is missing beside its card; found {found or 'no archive'}: add the images of "
+            f"{size} pixels, or use a recipe with another source_size"
         )
     return load_file(path, read_card(card), size=size, source="card")
 
@@ -121,8 +120,8 @@ def _classes(label: dict[str, Any]) -> tuple[str, ...]:
     keys = [str(i) for i in range(len(label))]
     if sorted(label) != sorted(keys) or not all(isinstance(v, str) for v in label.values()):
         raise ValueError(
-            f"label is {label!r}; expected a text for each of the keys '0', '1', ... in order, "
-            "the labels of the archive"
+            f"label is {label!r}; expected a text for each label of the archive, with the keys "
+            "'0', '1', ..."
         )
     return tuple(label[key] for key in keys)
 

@@ -1,7 +1,7 @@
-"""Images that stand where they should not: in two splits, or under two labels.
+"""Find images in two splits, or with two labels.
 
-Found by the hash of their pixel bytes, so only exact copies are seen; a copy that was resized or
-compressed again is another image here.
+Images are compared by the hash of their pixel bytes, so only exact copies are found, not copies
+that were resized or compressed again.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from vitask.data.spec import SPLITS, Dataset
 class Duplicates:
     """Sets of ids of identical images in one dataset. Ids of a set are in order of the splits.
 
-    across:      identical images that stand in two or more splits: test images seen in training
-    within:      identical images inside one split, none of them elsewhere
-    conflicting: identical images with different labels, wherever they stand
+    across:      identical images in two or more splits, such as test images in training
+    within:      identical images inside one split, and in no other
+    conflicting: identical images with different labels, in the same split or not
     groups:      groups (patients, lesions) with images in two or more splits
     """
 
@@ -31,7 +31,7 @@ class Duplicates:
 
     @property
     def clean(self) -> bool:
-        """Nothing is in two splits and no labels conflict; copies within a split may be there."""
+        """No image and no group is in two splits, and no labels conflict."""
         return not (self.across or self.conflicting or self.groups)
 
     def lines(self, show: int = 3) -> list[str]:

@@ -136,10 +136,10 @@ def base_of(dataset: str) -> str:
     return dataset.partition(MARK)[0]
 
 
-def _described(clean: Dataset, corruption: str) -> Dataset:
+def described(clean: Dataset, corruption: str) -> Dataset:
     """Labels, ids and groups of a corrupted set, over a black image that takes no memory."""
     test = clean.splits["test"]
-        split = Split(
+    split = Split(
         np.broadcast_to(np.uint8(0), (SEVERITIES * len(test), *test.images.shape[1:])),
         np.concatenate([test.labels] * SEVERITIES),
         np.array([f"{i}@{severity + 1}" for severity in range(SEVERITIES) for i in test.ids]),

@@ -1,19 +1,19 @@
-"""External sets of diabetic retinopathy in their published file forms; the user brings them.
+"""External sets of diabetic retinopathy in their published form, which the user provides.
 
-Grades 0 to 4 are RetinaMNIST's. What belongs to a set lies in a folder of its name in a data root:
+Grades 0 to 4 are RetinaMNIST's. A set's files are in a folder of its name in a data root:
 
     aptos2019   train.csv (id_code, diagnosis), train_images/ID.png
     idrid       "B. Disease Grading" as it is unpacked
     messidor2   messidor_data.csv (image_id, adjudicated_dr_grade, adjudicated_gradable), images/
-    messidor    the published XLS files, one a base (Image name, Retinopathy grade 0-3), read with
-                xlrd, or all of them saved as one annotations.csv; images/. Grade 3 there is severe
-                or proliferative, so that the answers of RetinaMNIST's grades 3 and 4 are one
-                class, which is no exact map
+    messidor    the published XLS files, one for each base (Image name, Retinopathy grade 0-3),
+                read with xlrd, or all of them saved as one annotations.csv; images/. Its grade 3
+                is severe or proliferative, so the answers for RetinaMNIST's grades 3 and 4 are one
+                class, which is not an exact map
 
-Images are cut to their centre square and made `size` pixels. IDRiD keeps its own test split;
-others are divided by a fixed seed, stratified by grade: 60 % train, 10 % val, 30 % test.
+Images are cut to their centre square and resized to `size` pixels. IDRiD keeps its test split;
+others are divided with a fixed seed, stratified by grade: 60 % train, 10 % val, 30 % test.
 IDRiD_118 (train) is the same picture as IDRiD_064 (test) and is left out.
-Phantom: RetinaMNIST's phantom in other pictures, with a shift of its own for each set.
+Phantom: other pictures of RetinaMNIST's phantom, with another shift for each set.
 """
 
 import hashlib
@@ -28,15 +28,15 @@ from vitask.data import phantom
 from vitask.data.images import read_image
 from vitask.data.spec import SPLITS, Dataset, DatasetSpec, Split, ids
 
-Labelled = list[tuple[Path, int, str]]  # file, grade, split ("" where the set has none)
-SHARES = (0.6, 0.1, 0.3)  # of train, val, test where the set itself has no splits
+Labelled = list[tuple[Path, int, str]]  # file, grade, split ("" if the set has none)
+SHARES = (0.6, 0.1, 0.3)  # of train, val, test if the set has no splits
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".JPG")
 SAME_AS_TEST = {"IDRiD_118"}
 LAST_TWO_MERGED = {"messidor": "severe nonproliferative or proliferative retinopathy"}
 
 
 def names(source: str, roots: Sequence[Path]) -> tuple[str, ...]:
-    """The sets that lie in the roots; phantom has all of them but MESSIDOR."""
+    """The sets with a folder in the roots; phantom has all of them except MESSIDOR."""
     if source == "phantom":
         return tuple(SHIFTS)
     return tuple(name for name in READERS if _folder(name, roots) is not None)
@@ -45,23 +45,30 @@ def names(source: str, roots: Sequence[Path]) -> tuple[str, ...]:
 def load(
     name: str, retina: DatasetSpec, *, source: str, roots: Sequence[Path], size: int
 ) -> Dataset:
-    """One external set, described as RetinaMNIST is; ValueError says what is missing."""
+    """One external set, described like RetinaMNIST; a ValueError says what is missing.
+
+    retina: the description of RetinaMNIST
+    source: "phantom" | any other for files in `roots`
+    size:   side in pixels
+    """
     if source == "phantom":
         return _phantom(name, retina)
     folder = _folder(name, roots)
     if folder is None:
         looked = ", ".join(map(str, roots)) or "no data root"
-        raise ValueError(f"no folder {name!r} in {looked}; expected the set's published files")
+        raise ValueError(
+            f"no folder {name!r} in {looked}; expected the set's published files there"
+        )
     labelled = READERS[name](folder)
     if not labelled:
-        raise ValueError(f"{folder} holds no labelled image of {name}")
+        raise ValueError(f"{folder} has no labelled image of {name}; expected its published files")
     labelled = _divided(labelled, name)
     digest, splits = hashlib.md5(usedforsecurity=False), {}
     for split in SPLITS:
-        mine = [(path, grade) for path, grade, own in labelled if own == split]
-        images = np.stack([read_image(path, size, 3, square=True) for path, _ in mine])
-        labels = np.array([grade for _, grade in mine], dtype=np.int64)
-        files = np.array([f"{name}/{split}/{path.stem}" for path, _ in mine], dtype=np.str_)
+        chosen = [(path, grade) for path, grade, place in labelled if place == split]
+        images = np.stack([read_image(path, size, 3, square=True) for path, _ in chosen])
+        labels = np.array([grade for _, grade in chosen], dtype=np.int64)
+        files = np.array([f"{name}/{split}/{path.stem}" for path, _ in chosen], dtype=np.str_)
         splits[split] = Split(images, labels, files)
         digest.update(images.tobytes() + labels.tobytes())
     spec = replace(
@@ -85,7 +92,7 @@ def _folder(name: str, roots: Sequence[Path]) -> Path | None:
     return next((Path(root) / name for root in roots if (Path(root) / name).is_dir()), None)
 
 
-# One reader a set: folder -> files, grades, splits
+# One reader for each set: folder -> files, grades, splits
 
 
 def _aptos(folder: Path) -> Labelled:
@@ -126,7 +133,10 @@ def _messidor(folder: Path) -> Labelled:
     columns = ("Image name", "Retinopathy grade")
     files = sorted(folder.glob("*.xls")) or sorted(folder.glob("annotations.csv"))
     if not files:
-        raise ValueError(f"{folder} has neither the published XLS files nor an annotations.csv")
+        raise ValueError(
+            f"{folder} has neither the published XLS files nor an annotations.csv; expected one of "
+            "the two"
+        )
     table = pd.concat([_table(file, columns)[[*columns]] for file in files])
     rows = zip(table["Image name"], table["Retinopathy grade"], strict=True)
     return [(_image(folder / "images", Path(str(n)).stem), int(grade), "") for n, grade in rows]
@@ -141,8 +151,7 @@ READERS: dict[str, Callable[[Path], Labelled]] = {
 
 
 def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV or XLS by its column names, whose stray blanks are cut off; rows without a grade are
-    none."""
+    """A CSV or XLS file, without blanks around column names and without rows that lack a value."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; expected a table with {', '.join(columns)}")
     table = _xls(path) if path.suffix == ".xls" else pd.read_csv(path)
@@ -153,15 +162,15 @@ def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _xls(path: Path) -> pd.DataFrame:
-    """The first sheet, under the names in its first row; empty cells are none."""
+    """The first sheet; its first row names the columns, empty cells are None."""
     try:
         import xlrd
-    except ImportError as error:  # optional: MESSIDOR alone needs it
-        raise ValueError(f"{path} needs xlrd to be read: pip install xlrd") from error
-    try:  # not by pandas, which gives xlrd up
+    except ImportError as error:  # optional: only MESSIDOR needs it
+        raise ValueError(f"{path} cannot be read without xlrd: pip install xlrd") from error
+    try:  # not with pandas, which drops xlrd
         sheet = xlrd.open_workbook(path).sheet_by_index(0)
     except xlrd.XLRDError as error:
-        raise ValueError(f"{path} is no XLS file: {error}") from error
+        raise ValueError(f"{path} is not an XLS file: {error}") from error
     header, *rows = (sheet.row_values(number) for number in range(sheet.nrows))
     return pd.DataFrame([[None if v == "" else v for v in row] for row in rows], columns=header)
 
@@ -175,13 +184,13 @@ def _image(folder: Path, stem: str) -> Path:
 
 
 def _divided(labelled: Labelled, name: str) -> Labelled:
-    """Every image in a split: the set's own, val out of train, or by a fixed seed."""
+    """A split for every image: the set's, with val taken from train, or by a fixed seed."""
     rng = np.random.default_rng(list(name.encode()))
-    own = any(split for _, _, split in labelled)
+    divided = any(split for _, _, split in labelled)
     splits = [split for _, _, split in labelled]
     grades = np.array([grade for _, grade, _ in labelled])
     free = np.array([split != "test" for split in splits])
-    shares = (1 - SHARES[1], SHARES[1], 0.0) if own else SHARES
+    shares = (1 - SHARES[1], SHARES[1], 0.0) if divided else SHARES
     for grade in np.unique(grades):
         members = rng.permutation(np.flatnonzero(free & (grades == grade)))
         cuts = np.round(np.cumsum(shares)[:2] * len(members)).astype(int)
@@ -191,7 +200,7 @@ def _divided(labelled: Labelled, name: str) -> Labelled:
     return [(path, g, split) for (path, g, _), split in zip(labelled, splits, strict=True)]
 
 
-# Phantom: other pictures of the same marks, seen by another camera
+# Phantom: other pictures of the same marks, as from another camera
 
 SHIFTS: dict[str, tuple[tuple[float, float, float], float, tuple[int, int, int]]] = {
     "aptos2019": ((0.9, 1.0, 1.1), 0.85, (90, 20, 90)),  # colour, contrast, images

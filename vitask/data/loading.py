@@ -1,7 +1,7 @@
-"""One form from every source: which datasets there are, their descriptions, their images.
+"""The datasets of every source in one form: their names, descriptions and images.
 
 medmnist   the 12 2D sets of MedMNIST, and custom sets in its key layout with a JSON card
-phantom    a procedural stand-in for the same 12, which proves plumbing and no science
+phantom    a procedural stand-in for the same 12, which tests the pipeline, not science
 """
 
 from collections.abc import Collection, Mapping, Sequence

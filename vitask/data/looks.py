@@ -1,8 +1,8 @@
-"""How the phantom's modalities look: backgrounds with everything but the class in them.
+"""The backgrounds of the phantom's pictures, with everything but the class.
 
 Each look draws n pictures, float32 (n, 28, 28, channels) of about 0 to 1, and a mask (n, 28, 28)
-of where the class marks may lie. Colour, place, size, shape and texture vary at random and say
-nothing about the class.
+of the places for class marks. Colour, place, size, shape and texture are random and independent of
+the class.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def blob(
 
 
 def paint(base: np.ndarray, mask: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Lay a colour over (n, 28, 28, channels) where the mask (n, 28, 28) says so."""
+    """Lay a colour over pictures (n, 28, 28, channels) by a mask (n, 28, 28) of 0 to 1."""
     return base + mask[..., None] * (colour - base)
 
 
@@ -65,7 +65,7 @@ def _tint(rng: np.random.Generator, n: int, colour: tuple[float, ...], spread: f
 def _field(
     rng: np.random.Generator, n: int, colour: tuple[float, ...], spread: float
 ) -> np.ndarray:
-    """A ground of one colour with slow unevenness, (n, 28, 28, channels)."""
+    """A background of one colour with smooth variation, (n, 28, 28, channels)."""
     uneven = 0.06 * clouds(rng, n, 2)[..., None]
     return _tint(rng, n, colour, spread) + uneven
 
@@ -96,7 +96,7 @@ def dermatoscope(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarr
 
 
 def oct_scan(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bright layers across a dark ground."""
+    """Bright layers across a dark background."""
     base = _field(rng, n, (0.25,), 0.06)
     y = _Y + column(rng, n, -0.2, 0.2) + column(rng, n, -0.25, 0.25) * _X**2
     y = y + 0.08 * clouds(rng, n, 3)
@@ -148,7 +148,7 @@ def tissue(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ct(radius: tuple[float, float], spine: tuple[float, float]) -> Look:
-    """A slice of the body: a bright outline, the spine at its place in this view, soft organs."""
+    """A slice of the body: a bright outline, the spine where this view has it, soft organs."""
 
     def look(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
         base = _field(rng, n, (0.10,), 0.03)

@@ -1,8 +1,8 @@
 """The 12 two-dimensional MedMNIST sets at 28, 64, 128 and 224 pixels.
 
-Classes, counts, MD5, addresses and licences come from the medmnist package's own `INFO`. It is
-read from the text of `medmnist/info.py`: importing the package takes seconds and makes a folder
-in the home. Only what the package does not state stands here.
+Classes, counts, MD5, addresses and licences come from the medmnist package's `INFO`. It is read
+from the text of `medmnist/info.py`, because importing the package takes seconds and makes a folder
+in the home. This file has only facts that the package does not state.
 """
 
 import ast
@@ -36,7 +36,7 @@ MODALITY = {
     "organsmnist": "abdominal CT",
 }  # the order of the paper's tables
 
-# The International Clinical Diabetic Retinopathy scale; medmnist says '0' to '4' only.
+# The International Clinical Diabetic Retinopathy scale; medmnist only has '0' to '4'.
 RETINOPATHY_GRADES = (
     "no apparent retinopathy",
     "mild nonproliferative retinopathy",
@@ -53,7 +53,7 @@ _CHUNK = 1 << 20  # bytes
 
 @cache
 def info() -> dict[str, dict[str, Any]]:
-    """medmnist's `INFO`, parsed and not imported; ImportError where the package is missing."""
+    """medmnist's `INFO`, parsed and not imported; ImportError if the package is missing."""
     package = importlib.util.find_spec("medmnist")
     if package is None or package.origin is None:
         raise ImportError("the package medmnist is not installed; pip install medmnist")
@@ -66,7 +66,7 @@ def info() -> dict[str, dict[str, Any]]:
 
 @cache
 def spec(name: str) -> DatasetSpec:
-    """The description of an official set, by its medmnist flag."""
+    """The description of an official set, by its name in medmnist."""
     entry = info()[name]
     labels = entry["label"]
     classes = tuple(labels[str(i)] for i in range(len(labels)))
@@ -89,14 +89,14 @@ def file_name(name: str, size: int) -> str:
 
 
 def expected_md5(name: str, size: int) -> str:
-    """Of the official file."""
+    """MD5 of the official file, hexadecimal."""
     return info()[name][f"MD5{_suffix(size)}"]
 
 
 def load(
     name: str, roots: Sequence[Path], *, size: int = 28, allow_unverified: Collection[str] = ()
 ) -> Dataset:
-    """An official set from the first root that holds its file."""
+    """An official set from the first root that has its file."""
     return load_file(
         find(name, size, roots),
         spec(name),
@@ -116,15 +116,16 @@ def find(name: str, size: int, roots: Sequence[Path]) -> Path:
     looked = [f"{root}{'' if Path(root).is_dir() else ' (no such folder)'}" for root in roots]
     raise ValueError(
         f"{wanted} is missing; looked in {', '.join(looked) or 'no data root at all'}. Give the "
-        "folder that holds it with --data-root, or fetch it with python -m bench data download DIR "
+        "folder that has it with --data-root, or fetch it with python -m bench data download DIR "
         f"--datasets {name} --size {size}"
     )
 
 
 def download(name: str, size: int, root: Path, *, timeout_seconds: float = 60.0) -> Path:
-    """Fetch an official file into `root`; nothing is left there unless its MD5 is right.
+    """Fetch an official file into `root`, which keeps only a file with the right MD5.
 
-    A file that is already there and right is kept; one that is there and wrong is an error.
+    A file that exists is kept if it is right. ValueError if it is wrong, and for an unknown name
+    or size, a failed transfer and a wrong MD5.
     """
     if name not in NAMES:
         raise ValueError(f"no MedMNIST set {name!r}; expected one of {', '.join(NAMES)}")
@@ -133,7 +134,7 @@ def download(name: str, size: int, root: Path, *, timeout_seconds: float = 60.0)
         if (found := file_md5(path)) == md5:
             return path
         raise ValueError(
-            f"{path} is there with MD5 {found}, expected {md5}; move it away to fetch it again"
+            f"{path} exists with MD5 {found}, expected {md5}; move it away to fetch it again"
         )
     url = info()[name][f"url{_suffix(size)}"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,9 +145,9 @@ def download(name: str, size: int, root: Path, *, timeout_seconds: float = 60.0)
         if found != md5:
             raise ValueError(
                 f"{url} gave MD5 {found}, expected {md5}; nothing was kept. Try again: the "
-                "transfer may have broken off"
+                "transfer may have been cut off"
             )
-        os.chmod(unfinished, 0o644)  # mkstemp's files are for their owner only
+        os.chmod(unfinished, 0o644)  # mkstemp makes files that only the owner can read
         os.replace(unfinished, path)
     finally:
         Path(unfinished).unlink(missing_ok=True)
@@ -154,7 +155,7 @@ def download(name: str, size: int, root: Path, *, timeout_seconds: float = 60.0)
 
 
 def _fetch(url: str, file: Any, path: Path, md5: str, timeout_seconds: float) -> str:
-    """Copy `url` into an open file; the MD5 of what came."""
+    """Copy `url` into an open file and return the MD5 of its bytes."""
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with urllib.request.urlopen(url, timeout=timeout_seconds) as answer:

@@ -1,32 +1,32 @@
-"""phantom: a procedural stand-in for the 12 MedMNIST sets. It proves plumbing, not science.
+"""phantom: a procedural stand-in for the 12 MedMNIST sets. It tests the pipeline, not science.
 
 Names, classes, modalities, channels, tasks, splits and the imbalance of the classes are those of
-the real sets; the pictures are drawn by a program and no file is shipped or fetched.
+the real sets. A program draws the pictures, so no file is shipped or fetched.
 
-What tells the classes apart is fine-grained. Each picture carries PLACES small marks of 5 x 5
-pixels at random places, bright on dark or dark on bright at random. A class is one kind of mark
-(a label of ChestMNIST one among those present, a grade of RetinaMNIST the share of two kinds).
-The MARKS kinds have mean 0 and equal energy, are symmetric left to right, so that a mirrored
-picture keeps its class, and come in pairs upside down of each other, which have the same power
-spectrum. The same kinds serve all sets; OrganA, C and S share class marks, as they share classes.
-Colour, place, shape, brightness, contrast and noise vary at random and say nothing about the
-class (vitask/data/looks.py). LABEL_NOISE of the pictures are drawn after the label of another
-image of the same split, in every split.
+The classes differ in fine details. Each picture has PLACES small marks of 5 x 5 pixels at random
+places, bright on dark or dark on bright at random. A class is one kind of mark; a label of
+ChestMNIST adds its kind to the others present, a grade of RetinaMNIST is the share of two kinds.
+The MARKS kinds have mean 0 and equal energy. They are symmetric left to right, so that a mirrored
+picture keeps its class. They come in pairs that are upside down of each other and so have the same
+power spectrum. All sets use the same kinds; OrganA, C and S share class marks, as they share
+classes. Colour, place, shape, brightness, contrast and noise are random and independent of the
+class (vitask/data/looks.py). In every split, the share LABEL_NOISE of the pictures is drawn with
+the label of another image.
 
-Approximate: TRAIN_COUNTS, written from the published class frequencies (Retina, Breast and
-Pneumonia checked against the real files, OrganC and OrganS rounded); val has the shares of train,
-and so has test except for OCTMNIST and PneumoniaMNIST; no class has a smaller share of a split than
-RAREST, else small splits would lack it; ChestMNIST's labels are drawn independently of each other
-among the images with a finding.
+Approximations: TRAIN_COUNTS is from the published class frequencies (Retina, Breast and Pneumonia
+checked against the real files, OrganC and OrganS rounded). Val has the shares of train, and so has
+test except for OCTMNIST and PneumoniaMNIST. Every class has at least the share RAREST of a split,
+or small splits would lack it. ChestMNIST's labels are independent of each other among the images
+with a finding.
 
-The generator was fixed by two criteria and nothing else: a TSM on true labels is far above a
-linear probe of generic features, and one on shuffled labels is at chance. Measured with the
-default SIZES, mean macro-F1 over the 12 test splits, one seed: TSM of the recipe `pocket`
-(test_resnet, 30 epochs) 0.707, on shuffled labels of train and val 0.159; guessing at the
-frequencies of the classes 0.187, always the most frequent class 0.114. Logistic regression on the
-pixels at half size 0.189, on pooled features of a random ResNet-18 0.260, on histograms of
-oriented gradients 0.376: these stood in for the pocket VLM's frozen vision features, which were
-made later and on which the probe reaches 0.258.
+Two criteria alone decided the generator: a TSM on true labels is far above a linear probe of
+generic features, and a TSM on shuffled labels is at chance. Measured with the default SIZES, mean
+macro-F1 over the 12 test splits, one seed: TSM of the recipe `pocket` (test_resnet, 30 epochs)
+0.707, with the labels of train and val shuffled 0.159; guessing at the frequencies of the classes
+0.187, always the most frequent class 0.114. Logistic regression on the pixels at half size 0.189,
+on pooled features of a random ResNet-18 0.260, on histograms of oriented gradients 0.376. These
+three replaced the pocket VLM's frozen vision features, which did not exist yet and on which the
+probe reaches 0.258.
 """
 
 import hashlib
@@ -42,9 +42,9 @@ from vitask.data.looks import LOOKS, SIZE, column
 from vitask.data.spec import SPLITS, Dataset, DatasetSpec, Split, ids
 from vitask.data.subset import shares
 
-PHANTOM_SEED = 2410_06456  # the paper's number on arXiv; fixed: the data are one and the same
+PHANTOM_SEED = 2410_06456  # the paper's number on arXiv; fixed, so that the data never change
 SIZES = (200, 60, 100)  # images in train, val, test
-LABEL_NOISE = 0.04  # share of pictures drawn after another image's label
+LABEL_NOISE = 0.04  # share of pictures drawn with another image's label
 RAREST = 0.02  # smallest share of a class in a split
 
 MARKS = 16  # kinds: ChestMNIST needs 14 and one for "no finding"
@@ -77,7 +77,7 @@ NO_FINDING = 0.538  # share of ChestMNIST's images: 60,361 of 112,120 in NIH-Che
 
 
 def spec(name: str) -> DatasetSpec:
-    """The official description under the phantom's own source and licence."""
+    """The official description, with the source and licence of the phantom."""
     return replace(
         medmnist.spec(name),
         license="none: drawn by a program",
@@ -86,11 +86,11 @@ def spec(name: str) -> DatasetSpec:
 
 
 def make(name: str, sizes: tuple[int, int, int] = SIZES) -> Dataset:
-    """A stand-in with so many images in train, val and test; the same call, the same bytes.
+    """A stand-in with the given number of images in train, val and test; always the same bytes.
 
-    Each split has its own stream of random numbers: it depends on its name and size alone, and
-    another size gives other pictures. `md5` is that of all images and labels; another processor or
-    numpy may round a rare pixel the other way, and then says so by another MD5.
+    The pictures of a split depend only on the set's name, the split and its size. `md5` is of all
+    images and labels. On another processor or numpy, a rare pixel may be rounded differently; then
+    the MD5 differs too. ValueError for sizes below 1.
     """
     if len(sizes) != len(SPLITS) or min(sizes) < 1:
         raise ValueError(
@@ -109,7 +109,7 @@ def make(name: str, sizes: tuple[int, int, int] = SIZES) -> Dataset:
 
 
 def _labels(spec: DatasetSpec, split: str, n: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 (n,) or (n, classes), in random order and with the real set's imbalance."""
+    """int64 (n,) or (n, classes), in random order, with the imbalance of the real set."""
     counts = np.array(TRAIN_COUNTS[spec.name], dtype=float)
     if spec.multi_label:
         return _label_sets(counts / spec.n_samples["train"], n, rng)
@@ -121,19 +121,19 @@ def _labels(spec: DatasetSpec, split: str, n: int, rng: np.random.Generator) -> 
 
 
 def _label_sets(frequency: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 (n, labels) of 0 and 1: NO_FINDING of the rows empty, each label at its frequency."""
+    """int64 (n, labels) of 0 and 1: the share NO_FINDING without a label, each at its frequency."""
     labels = np.zeros((n, len(frequency)), dtype=np.int64)
     found = rng.permutation(n)[: n - round(n * NO_FINDING)]
     count = np.maximum(np.round(n * frequency).astype(int), max(1, round(RAREST * n)))
     for label, times in enumerate(count):
         labels[rng.permutation(found)[:times], label] = 1
-    labels[found[~labels[found].any(1)], int(frequency.argmax())] = 1  # else it has no finding
+    labels[found[~labels[found].any(1)], int(frequency.argmax())] = 1  # or it would have no finding
     return labels
 
 
 @cache
 def marks() -> np.ndarray:
-    """The kinds of marks, float32 (MARKS, 5, 5): mean 0, energy 1, unlike at every shift."""
+    """The kinds of marks, float32 (MARKS, 5, 5): mean 0, energy 1, unlike at any shift."""
     rng = np.random.default_rng(PHANTOM_SEED)
     chosen: list[np.ndarray] = []
     while len(chosen) < MARKS:
@@ -173,9 +173,9 @@ def _draw(spec: DatasetSpec, labels: np.ndarray, rng: np.random.Generator) -> np
     """uint8 (n, 28, 28) or (n, 28, 28, 3): looks, marks, then brightness, contrast and noise."""
     n = len(labels)
     base, mask = LOOKS[spec.name](rng, n)
-    shown, noisy = labels.copy(), rng.random(n) < LABEL_NOISE
-    shown[noisy] = labels[rng.permutation(n)][noisy]
-    field = _scatter(_mixtures(spec, shown), mask, rng)
+    drawn, noisy = labels.copy(), rng.random(n) < LABEL_NOISE
+    drawn[noisy] = labels[rng.permutation(n)][noisy]
+    field = _scatter(_mixtures(spec, drawn), mask, rng)
     picture = base + (column(rng, n, 0.8, 1.2) * AMPLITUDE * field)[..., None]
     picture = (picture - 0.5) * column(rng, n, 0.8, 1.1, 1) + 0.5 + column(rng, n, -0.08, 0.08, 1)
     picture = picture + rng.normal(0, 1, picture.shape) * column(rng, n, 0.01, 0.04, 1)
@@ -184,7 +184,7 @@ def _draw(spec: DatasetSpec, labels: np.ndarray, rng: np.random.Generator) -> np
 
 
 def _scatter(mixture: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Marks at random places apart from each other, inside the mask as far as there is room."""
+    """Marks at random places without overlap, inside the mask while it has room."""
     n, room = len(mixture), SIZE - MARK + 1
     kinds = np.stack([rng.choice(MARKS, PLACES, p=row) for row in mixture])
     edge = MARK // 2

@@ -1,4 +1,4 @@
-"""What a dataset is: its description, its splits, its images. The same form from every source."""
+"""The form of every dataset, from every source: its description, its splits, its images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +12,21 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
-    """A classification task, as its publisher describes it."""
+    """A classification task, as its publisher describes it.
+
+    ValueError for a value that does not fit.
+    """
 
     name: str
-    task: str  # one of TASKS, medmnist's own strings
+    task: str  # one of TASKS, medmnist's strings
     classes: tuple[str, ...]  # index = label in the file; text = the answer the model must give
     modality: str  # fills {modality} in the instruction
     n_channels: int  # 1 | 3
-    n_samples: dict[str, int]  # per split, of the whole published set
+    n_samples: dict[str, int]  # by split, of the whole published set
     license: str
-    source: str  # where every value above can be checked
-    head: str  # the TSM's head: OrganA, C and S share one, every other set has its own name
-    # Where a question has finer answers than the set has labels: each answer, and its label.
+    source: str  # where all of these can be checked
+    head: str  # the TSM's head: "organ" for OrganA, C and S, else the set's name
+    # If the question has finer answers than the set has labels: each answer and its label.
     answers: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -51,24 +54,24 @@ class DatasetSpec:
 
     @classmethod
     def of_json(cls, card: Mapping[str, Any]) -> "DatasetSpec":
-        """Out of what `dataclasses.asdict` has written to a JSON file."""
+        """The description whose `dataclasses.asdict` was written as JSON."""
         answers = tuple((text, label) for text, label in card.get("answers", ()))
         return cls(**{**card, "classes": tuple(card["classes"]), "answers": answers})
 
     @property
     def multi_label(self) -> bool:
-        """Several labels may hold for one image, or none."""
+        """Whether an image may have several labels, or none."""
         return self.task.startswith("multi-label")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split, in the order of their source.
+    """The images of one split, in the order of their source.
 
     images: uint8 (n, h, w) or (n, h, w, 3)
     labels: int64 (n,), or (n, classes) of 0 and 1 for multi-label
-    ids:    str (n,), "breastmnist/test/000012": place in the source, the same in every subset
-    groups: str (n,) or None: what must not be torn apart, such as the patient or the lesion
+    ids:    str (n,), such as "breastmnist/test/000012": place in the source, equal in every subset
+    groups: str (n,) or None, the patient or lesion, whose images must be in one split
     """
 
     images: np.ndarray
@@ -86,7 +89,7 @@ class Split:
         return len(self.images)
 
     def take(self, indices: np.ndarray | Sequence[int]) -> "Split":
-        """The images at these places, in this order."""
+        """The images at these indices, in this order."""
         at = np.asarray(indices, dtype=np.int64)
         groups = None if self.groups is None else self.groups[at]
         return Split(self.images[at], self.labels[at], self.ids[at], groups)
@@ -97,9 +100,9 @@ class Dataset:
     """A dataset with its images.
 
     size:   side of the source images in pixels
-    source: "medmnist" | "card" | "phantom"
-    md5:    of the file, or for phantom of what the generator gave
-    md5_ok: False for a file admitted although its MD5 is not the official one
+    source: "medmnist" | "card" | "phantom" | "external"
+    md5:    of the file, or for phantom of all images and labels
+    md5_ok: False for an official set whose file has another MD5 and was admitted
     """
 
     spec: DatasetSpec
@@ -111,5 +114,5 @@ class Dataset:
 
 
 def ids(name: str, split: str, count: int) -> np.ndarray:
-    """str (count,): "breastmnist/test/000012"."""
+    """Image ids, str (count,), such as "breastmnist/test/000012"."""
     return np.array([f"{name}/{split}/{i:06d}" for i in range(count)], dtype=np.str_)

@@ -1,6 +1,6 @@
-"""The embedded small VLM: how it is made, its weights and tokenizer."""
+"""The embedded small VLM: its making, weights and tokenizer."""
 
 from pathlib import Path
 
-POCKET = Path(__file__).parent / "weights"  # a transformers folder, as any other checkpoint
+POCKET = Path(__file__).parent / "weights"  # a folder of transformers, like any other checkpoint
 SEED = 0

@@ -1,4 +1,4 @@
-"""`python -m vitask.pocket`: make the pocket VLM again, from a seed and nothing else."""
+"""`python -m vitask.pocket`: make the pocket VLM again, from a seed alone."""
 
 import argparse
 import hashlib
@@ -17,13 +17,13 @@ HELD_OUT = (2000, 1)  # pictures, seed
 
 
 def main() -> None:
-    """Train, write a transformers folder, and record what it can do on held-out pictures."""
+    """Train, write a folder of transformers, and record the accuracy on held-out pictures."""
     parser = argparse.ArgumentParser(prog="python -m vitask.pocket", description=__doc__)
     parser.add_argument("--out", type=Path, default=POCKET, help="folder to write")
-    parser.add_argument("--steps", type=int, default=None, help="stop after so many steps")
+    parser.add_argument("--steps", type=int, default=None, help="stop after this number of steps")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--no-evaluation", action="store_true", help="train only")
-    parser.add_argument("--evaluate", action="store_true", help="evaluate what is in --out only")
+    parser.add_argument("--no-evaluation", action="store_true", help="only train")
+    parser.add_argument("--evaluate", action="store_true", help="only evaluate the model in --out")
     arguments = parser.parse_args()
     if arguments.steps is not None and arguments.steps < 1:
         parser.error(f"--steps is {arguments.steps}; expected at least 1")
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def train(steps: int | None, seed: int) -> "tuple[VLM, dict[str, Any]]":
-    """A new model and what made it."""
+    """A new model, and the settings and versions that made it."""
     import torch
     import transformers
 
@@ -80,7 +80,7 @@ def train(steps: int | None, seed: int) -> "tuple[VLM, dict[str, Any]]":
 
 
 def held_out_card(vlm: "VLM") -> dict[str, Any]:
-    """Accuracy by kind of question, with the right and with another picture, and chance."""
+    """Accuracy by kind of question, with the right and with another picture, and by chance."""
     from vitask.pocket.evaluate import accuracy, chance
 
     right, wrong = accuracy(vlm, *HELD_OUT), accuracy(vlm, *HELD_OUT, shuffled=True)

@@ -1,4 +1,4 @@
-"""What the pocket VLM can do on pictures that it has not seen, with and without the right image."""
+"""Accuracy of the pocket VLM on held-out pictures, with and without the right image."""
 
 import numpy as np
 from jaxtyping import Float
@@ -17,22 +17,22 @@ def accuracy(vlm: VLM, count: int, seed: int, *, shuffled: bool = False) -> dict
 def right(
     vlm: VLM, count: int, seed: int, *, shuffled: bool = False
 ) -> dict[str, Float[np.ndarray, " pictures"]]:
-    """Each kind's question about each picture: 1 answered right, 0 wrong, NaN not asked.
+    """For each kind of question, by picture: 1 right, 0 wrong, NaN not asked.
 
-    Greedy generation; the whole answer has to be right.
+    Greedy generation; the whole answer must be right.
 
-    shuffled: every question is put to a picture drawn at random; a model that looks falls to
-    chance.
+    shuffled: every question is about another picture, drawn at random; a model that uses the image
+        falls to chance
     """
     images, facts = held_out(count, seed)
     tokens = vlm.image_features(images)
     found = {}
     for kind, answers in KINDS.items():
         asked = np.flatnonzero(facts[kind] >= 0)
-        seen = np.random.default_rng(seed).permutation(asked) if shuffled else asked
+        given = np.random.default_rng(seed).permutation(asked) if shuffled else asked
         longest = max(len(vlm.response_ids(f"{answer}.")) for answer in answers)
-        prompts = [vlm.prompt(canonical(kind))] * len(seen)
-        written = generate(vlm, prompts, tokens[seen], max_new_tokens=longest, batch_size=256)
+        prompts = [vlm.prompt(canonical(kind))] * len(given)
+        written = generate(vlm, prompts, tokens[given], max_new_tokens=longest, batch_size=256)
         expected = [f"{answers[f]}." for f in facts[kind][asked]]
         found[kind] = np.full(len(images), np.nan)
         found[kind][asked] = [w == e for w, e in zip(written, expected, strict=True)]

@@ -1,4 +1,4 @@
-"""The pocket VLM's configuration: every part of a large InternVL, of about 2 M parameters."""
+"""The pocket VLM: every component of a large InternVL, with about 2 M parameters."""
 
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor
@@ -12,7 +12,7 @@ LAYERS = 4
 
 
 def make_model(processor: InternVLProcessor, seed: int) -> InternVLForConditionalGeneration:
-    """A model with random weights, drawn from `seed`."""
+    """A model with random weights, determined by `seed`."""
     tokenizer = processor.tokenizer
     vision = {
         "hidden_size": WIDTH,
@@ -48,7 +48,7 @@ def make_model(processor: InternVLProcessor, seed: int) -> InternVLForConditiona
     torch.manual_seed(seed)
     model = InternVLForConditionalGeneration(config)
     with torch.no_grad():
-        # By fan-in: transformers' 0.02 is made for wide models, at this width it learns late.
+        # By fan-in: transformers' 0.02 suits wide models; at this width the model learns late.
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter.flatten(1).shape[1] ** -0.5)

@@ -1,6 +1,6 @@
-"""Procedural pictures: shapes on textured grounds, with everything that can be asked about them.
+"""Procedural pictures: shapes on textured backgrounds, with all facts that questions ask for.
 
-Nothing medical, and no file: a seed gives the pictures.
+They are not medical, and not from files: a seed gives the pictures.
 """
 
 from dataclasses import dataclass
@@ -34,16 +34,19 @@ _RGB = np.array(
     dtype=np.float32,
 ) / 255  # fmt: skip
 _RADIUS = np.array([2.6, 4.2, 6.2, 9.0], dtype=np.float32)  # pixels, by SIZES
-_LEVEL = np.array([0.12, 0.36, 0.6, 0.84], dtype=np.float32)  # mean of the ground, by BRIGHTNESS
+_LEVEL = np.array(
+    [0.12, 0.36, 0.6, 0.84], dtype=np.float32
+)  # mean of the background, by BRIGHTNESS
 _CELL = np.array([[r, c] for r in (6.5, 15.5, 24.5) for c in (6.5, 15.5, 24.5)], dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """images: uint8 (n, 32, 32, 3); facts: kind -> int (n,), index into its answers, -1: not asked.
+    """Pictures and their facts.
 
-    A kind is not asked where the picture does not settle it: the position of several shapes, the
-    colour in a grey picture.
+    images: uint8 (n, 32, 32, 3)
+    facts:  kind -> int (n,), index of the answer, -1 if the picture does not settle it: the
+            position of several shapes, the colour in a grey picture
     """
 
     images: np.ndarray
@@ -51,7 +54,7 @@ class Pictures:
 
 
 def draw(count: int, rng: np.random.Generator) -> Pictures:
-    """`count` pictures: one to four equal shapes on a textured ground, partly grey, noisy."""
+    """`count` pictures: one to four equal shapes on a textured background, some grey, noisy."""
     shape = rng.integers(len(SHAPES), size=count)
     colour = rng.integers(len(COLOURS), size=count)
     texture = rng.integers(len(TEXTURES), size=count)
@@ -62,7 +65,7 @@ def draw(count: int, rng: np.random.Generator) -> Pictures:
     cells = rng.permuted(np.tile(np.arange(9), (count, 1)), axis=1)[:, : len(COUNTS)]
 
     ground = _ground(texture, _LEVEL[brightness], grey, rng)
-    # A shape has to stand out from its ground: in grey pictures by its own level.
+    # A shape must differ from its background: in grey pictures by its level.
     contrast = np.where(brightness < 2, 0.45, -0.45)[:, None]
     level = (_LEVEL[brightness][:, None] + contrast) * np.ones(3, dtype=np.float32)
     ink = np.where(grey[:, None], level, _RGB[colour]) + rng.normal(0, 0.03, (count, 3))
@@ -85,7 +88,7 @@ def draw(count: int, rng: np.random.Generator) -> Pictures:
 def _ground(
     texture: np.ndarray, level: np.ndarray, grey: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Textured grounds, float32 (n, 32, 32, 3): mean `level`, a tint, a slow gradient."""
+    """Textured backgrounds, float32 (n, 32, 32, 3): mean `level`, a tint, a smooth gradient."""
     count = len(texture)
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)[:, None]
     period = rng.uniform(3.0, 7.0, (count, 1, 1)).astype(np.float32)

@@ -1,8 +1,7 @@
-"""Instructions and answers about the pictures, and a task of copying for every token.
+"""Questions about the pictures, and their answers.
 
-Most instructions list the possible answers the way the downstream prompts do. The copying task
-gives pseudo-words of random tokens and asks for one of them: it teaches the head every token of
-the vocabulary, so that later tuning can write words that no picture question holds.
+Most instructions list the possible answers, like the prompts of the datasets. The copying task
+(`vitask.pocket.train.copying`) teaches the head the tokens that no question about pictures has.
 """
 
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ class Question:
 
 
 def ask(kind: str, fact: int, rng: np.random.Generator) -> Question:
-    """A question in a random wording; three of four list the answers, or some of them."""
+    """A question in a random wording; three of four list all or some of the possible answers."""
     answers = KINDS[kind]
     text = WORDINGS[kind][rng.integers(len(WORDINGS[kind]))]
     if rng.random() < 0.75:
@@ -76,16 +75,16 @@ def ask(kind: str, fact: int, rng: np.random.Generator) -> Question:
 
 
 def canonical(kind: str) -> str:
-    """The held-out wording: every answer listed in order, so one prompt serves all pictures."""
+    """The wording for evaluation: every answer in order, so all pictures share a prompt."""
     return WORDINGS[kind][0] + LISTED.format(answers="; ".join(KINDS[kind]))
 
 
 def held_out(count: int, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Pictures that training never sees, and their facts (see `Pictures`).
+    """Pictures that training never sees, uint8 (n, 32, 32, 3), and their facts as in `Pictures`.
 
-    Every answer of a kind is asked for equally often: the pictures that come last with a frequent
-    answer are not asked for that kind, so always saying the same is right in 1 / answers.
-    Training draws from generators seeded by two numbers, these by three.
+    Each answer of a kind is right equally often: the last pictures with a frequent answer are not
+    asked for that kind. So a constant answer is right in 1 / answers of the pictures. Training
+    seeds its generators with two numbers, this function with three.
     """
     pictures = draw(count, np.random.default_rng([seed, 0, 1]))
     facts = {}

@@ -1,8 +1,8 @@
-"""The small tokenizer: byte-level BPE, so that any text can be written, with InternVL's marks.
+"""The small tokenizer: byte-level BPE, which can write any text, with InternVL's special tokens.
 
-Its vocabulary is built from the words below and the questions' own: the words of the datasets'
-prompts are in it so that prompts are short, as they are for a large tokenizer. The model itself
-meets them in the copying task only, as tokens without meaning.
+Its vocabulary is built from `words.txt` and the questions. It includes the words of the datasets'
+prompts, so that prompts are short, as with a large tokenizer. In pre-training the model sees these
+words only in the copying task, as tokens without meaning.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import (
 from vitask.pocket.pictures import SIDE
 from vitask.pocket.questions import KINDS, LISTED, ORDINALS, WORDINGS
 
-WORDS = Path(__file__).parent / "words.txt"  # one phrase a line
+WORDS = Path(__file__).parent / "words.txt"  # one phrase on each line
 IMAGE_TOKENS = 16
 VOCABULARY = 1088  # a multiple of 64, just enough for whole words
 MARKS = {
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
 
 
 def corpus() -> list[str]:
-    """Sentences for the tokenizer: every word once as an answer's beginning, once within."""
+    """Sentences for the tokenizer: every phrase once at the start of an answer, once within."""
     phrases = WORDS.read_text().splitlines()
     phrases += [text for wordings in WORDINGS.values() for text in wordings]
     phrases += [answer for answers in KINDS.values() for answer in answers]
@@ -49,7 +49,7 @@ def corpus() -> list[str]:
 
 
 def make_processor() -> InternVLProcessor:
-    """Tokenizer, chat template and image processor (one tile of 32 px, 16 image tokens)."""
+    """Tokenizer, chat template and image processor (one tile of 32 pixels, 16 image tokens)."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -1,13 +1,13 @@
-"""Pre-training of the pocket VLM: first it learns to see, then to answer.
+"""Pre-training of the pocket VLM: first the vision tower on facts, then the whole on answers.
 
-Seeing: linear heads read every fact off the image tokens, and train the vision tower and the
-connector. Without this start the loss of the answers stayed at their entropy for 250 steps.
+Facts: linear heads predict every fact from the image tokens, which trains the vision tower and the
+connector. Without this start, the loss of the answers stayed at their entropy for 250 steps.
 
-Answering: pictures, several questions each, one row a picture. A row is
-[prefix image | question answer | question answer | ...]; every question sees the image and itself
-only, so a picture is encoded once for all its questions. At first every picture comes with a
-task of copying, whose random tokens make up most of the loss, and the heads stay on; in the later
-stages the heads are gone, few pictures bring a copy, and the questions are what is left to learn.
+Answers: each picture has several questions in one row that branches (`vitask/tree.py`),
+[prefix image | question answer | question answer | ...]. A question attends to the image and to
+itself only, so a picture is encoded once for all its questions. At first, every picture also has a
+copying task, whose random tokens are most of the loss, and the heads still train. In the later
+stages the heads are gone and few pictures have a copying task, so the model learns the questions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,14 +28,14 @@ from vitask.prompts import response
 from vitask.tree import ROOT, Layout, Segment
 from vitask.vlm import VLM, Prompt
 
-SEEING_STEPS = 400
-# Stages of answering: steps, and every how many pictures bring a task of copying. Each has its own
-# warm-up and cosine; restarts moved the kinds that are learnt last, shape and position.
+FACT_STEPS = 400
+# Stages of answering: steps, and a copying task with every n-th picture. Each stage has a warm-up
+# and a cosine: restarts improved the kinds that are learnt last, shape and position.
 ANSWERING_STAGES = ((500, 1), (300, 8), (250, 8))
-STEPS = SEEING_STEPS + sum(steps for steps, _ in ANSWERING_STAGES)
-SEEN = 128  # pictures a step while learning to see
-PICTURES = 48  # a step while learning to answer
-QUESTIONS = 4  # a picture
+STEPS = FACT_STEPS + sum(steps for steps, _ in ANSWERING_STAGES)
+FACT_PICTURES = 128  # in a step of the facts
+PICTURES = 48  # in a step of the answers
+QUESTIONS = 4  # about a picture
 LEARNING_RATE = 2e-3
 WARMUP = 50  # steps
 
@@ -46,7 +46,7 @@ class PictureBatch:
 
     images: uint8 (rows, 32, 32, 3)
     facts:  kind -> int64 (rows,), index of the true answer or IGNORE_INDEX
-    layout: one row a picture, with the image's tokens as "image"
+    layout: one row for each picture, with the image's tokens as "image"
     labels: int64 (rows, tokens), already shifted, IGNORE_INDEX where no answer is predicted
     """
 
@@ -57,9 +57,9 @@ class PictureBatch:
 
 
 def pretrain(vlm: VLM, steps: int, seed: int) -> Iterator[float]:
-    """Train all of `vlm` in place; `steps` below STEPS stops early on the same schedule.
+    """Train all of `vlm` in place; with fewer than STEPS it stops early on the same schedule.
 
-    Gives each step's loss: of the facts in nats, then of the response tokens in nats per token.
+    Yields the loss of each step: of the facts in nats, then in nats per response token.
     """
     vlm.model.train().requires_grad_(True)
     yield from islice(_stages(vlm, seed), steps)
@@ -68,33 +68,33 @@ def pretrain(vlm: VLM, steps: int, seed: int) -> Iterator[float]:
 
 def _stages(vlm: VLM, seed: int) -> Iterator[float]:
     heads = FactHeads(vlm, seed)
-    yield from _see(vlm, heads, seed)
-    start = SEEING_STEPS
+    yield from _learn_facts(vlm, heads, seed)
+    start = FACT_STEPS
     for stage, (steps, copying_every) in enumerate(ANSWERING_STAGES):
-        kept = heads if stage == 0 else None
-        yield from _answer(vlm, kept, seed, range(start, start + steps), copying_every)
+        trained = heads if stage == 0 else None
+        yield from _learn_answers(vlm, trained, seed, range(start, start + steps), copying_every)
         start += steps
 
 
-def _see(vlm: VLM, heads: "FactHeads", seed: int) -> Iterator[float]:
-    eye = nn.ModuleList(
+def _learn_facts(vlm: VLM, heads: "FactHeads", seed: int) -> Iterator[float]:
+    vision = nn.ModuleList(
         [vlm.model.model.vision_tower, vlm.model.model.multi_modal_projector, heads]
     )
-    update = _Update(eye, SEEING_STEPS)
-    for step in range(SEEING_STEPS):
-        pictures = draw(SEEN, np.random.default_rng([seed, step]))
-        loss = heads(_image_features(vlm, pictures.images), settled(pictures))
+    update = _Update(vision, FACT_STEPS)
+    for step in range(FACT_STEPS):
+        pictures = draw(FACT_PICTURES, np.random.default_rng([seed, step]))
+        loss = heads(vlm.image_tokens(vlm.pixel_values(pictures.images)), settled(pictures))
         update(loss)
         yield float(loss.detach())
 
 
-def _answer(
+def _learn_answers(
     vlm: VLM, heads: "FactHeads | None", seed: int, steps: range, copying_every: int
 ) -> Iterator[float]:
     update = _Update(nn.ModuleList([vlm.model, heads] if heads else [vlm.model]), len(steps))
     for step in steps:
         batch = make_batch(vlm, np.random.default_rng([seed, step]), copying_every)
-        features = _image_features(vlm, batch.images)
+        features = vlm.image_tokens(vlm.pixel_values(batch.images))
         hidden = row_hidden(vlm, batch.layout, features)
         keep = batch.labels != IGNORE_INDEX
         loss = response_loss(vlm.logits(hidden[keep]), batch.labels[keep])
@@ -103,7 +103,7 @@ def _answer(
 
 
 class _Update:
-    """AdamW with warm-up, cosine and clipping; weight decay on matrices alone."""
+    """One step of AdamW: warm-up and cosine, clipped gradients, weight decay on matrices only."""
 
     def __init__(self, module: nn.Module, steps: int) -> None:
         self._parameters = list(module.parameters())
@@ -122,13 +122,8 @@ class _Update:
         self._optimizer.zero_grad()
 
 
-def _image_features(vlm: VLM, images: np.ndarray) -> Tensor:
-    """Image tokens with their gradient (`VLM.image_features` has none)."""
-    return vlm.model.model.get_image_features(vlm.pixel_values(images)).pooler_output
-
-
 def settled(pictures: Pictures) -> dict[str, Tensor]:
-    """Facts as labels: IGNORE_INDEX where the picture does not settle them."""
+    """Facts as labels, int64 (n,): IGNORE_INDEX if the picture does not settle them."""
     return {
         kind: torch.from_numpy(np.where(fact < 0, IGNORE_INDEX, fact))
         for kind, fact in pictures.facts.items()
@@ -136,7 +131,7 @@ def settled(pictures: Pictures) -> dict[str, Tensor]:
 
 
 class FactHeads(nn.Module):
-    """One linear head a kind, over all image tokens; mean cross-entropy of the settled facts."""
+    """A linear head for each kind, on all image tokens; mean cross-entropy of the settled facts."""
 
     def __init__(self, vlm: VLM, seed: int) -> None:
         super().__init__()
@@ -163,7 +158,7 @@ def row_hidden(
 
 
 def make_batch(vlm: VLM, rng: np.random.Generator, copying_every: int = 1) -> PictureBatch:
-    """Pictures with random questions that they settle, some with one task of copying."""
+    """Pictures with random questions that they settle, every n-th with a copying task too."""
     pictures = draw(PICTURES, rng)
     rows = []
     for i in range(PICTURES):
@@ -178,7 +173,11 @@ def make_batch(vlm: VLM, rng: np.random.Generator, copying_every: int = 1) -> Pi
 
 
 def copying(vlm: VLM, rng: np.random.Generator) -> Question:
-    """Two to four pseudo-words of one to three random tokens; one of them is the answer."""
+    """Two to four pseudo-words of one to three random tokens; one of them is the answer.
+
+    It teaches the head every token of the vocabulary, so that later tuning can write words that no
+    question about pictures has.
+    """
     tokenizer = vlm.processor.tokenizer
     special = set(tokenizer.all_special_ids)
     words: list[str] = []
@@ -186,7 +185,7 @@ def copying(vlm: VLM, rng: np.random.Generator) -> Question:
     while len(words) < count:
         ids = rng.integers(len(tokenizer), size=rng.integers(1, 4)).tolist()
         word = tokenizer.decode([i for i in ids if i not in special]).strip()
-        if word and "\ufffd" not in word:  # a lone byte of a longer character is no text
+        if word and "\ufffd" not in word:  # a single byte of a longer character is not text
             words.append(word)
     chosen = int(rng.integers(count))
     text = LISTED.format(answers="; ".join(words)).strip() + f" Give the {ORDINALS[chosen]}."
@@ -199,7 +198,7 @@ def collate(
     facts: dict[str, Tensor],
     rows: Sequence[Sequence[tuple[Prompt, tuple[int, ...]]]],
 ) -> PictureBatch:
-    """Of every picture its questions, as (prompt, response ids), in one row that branches."""
+    """One row for each picture, with its questions as (prompt, response ids)."""
     places = vlm.processor.image_seq_length
     segments: list[list[Segment]] = []
     for turns in rows:

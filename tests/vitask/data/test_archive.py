@@ -1,4 +1,4 @@
-"""Official files and cards: what is right is loaded, whatever is not is refused by name."""
+"""Official files and cards: right ones load, wrong ones are refused with their name."""
 
 import hashlib
 import json
@@ -18,25 +18,25 @@ COUNTS = {"train": 9, "val": 4, "test": 5}
 
 
 def small(name: str):
-    """The official description with counts a test can write."""
+    """The official description with small counts."""
     return replace(medmnist.spec(name), n_samples=COUNTS)
 
 
 def arrays(spec, size: int = 28, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     done = {}
-    for part in SPLITS:
-        n, channels = spec.n_samples[part], (3,) if spec.n_channels == 3 else ()
-        done[f"{part}_images"] = rng.integers(0, 256, (n, size, size, *channels), dtype=np.uint8)
+    for split in SPLITS:
+        n, channels = spec.n_samples[split], (3,) if spec.n_channels == 3 else ()
+        done[f"{split}_images"] = rng.integers(0, 256, (n, size, size, *channels), dtype=np.uint8)
         shape, top = (
             ((n, len(spec.classes)), 2) if spec.multi_label else ((n, 1), len(spec.classes))
         )
-        done[f"{part}_labels"] = rng.integers(0, top, shape, dtype=np.uint8)
+        done[f"{split}_labels"] = rng.integers(0, top, shape, dtype=np.uint8)
     return done
 
 
 def write(folder: Path, spec, size: int = 28, **changes: np.ndarray | None) -> Path:
-    """An official-looking file; a change of None leaves the key out."""
+    """A file with the official name and keys; a change to None leaves the key out."""
     path = folder / medmnist.file_name(spec.name, size)
     content = {k: v for k, v in (arrays(spec, size) | changes).items() if v is not None}
     np.savez_compressed(path, **content)
@@ -50,7 +50,7 @@ def read(path: Path, spec, **kwargs):
 
 @pytest.fixture
 def official(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Write a small set and let INFO describe it, MD5 and all."""
+    """Write a small set and let INFO describe it, with its MD5."""
 
     def make(name: str, size: int = 28, folder: Path = tmp_path) -> Path:
         folder.mkdir(exist_ok=True)
@@ -74,15 +74,15 @@ def test_an_official_file_comes_back_as_it_was_written(name, size, official):
     assert (dataset.source, dataset.size, dataset.md5_ok) == ("medmnist", size, True)
     assert dataset.md5 == hashlib.md5(path.read_bytes()).hexdigest()
     written = arrays(dataset.spec, size)
-    for part, split in dataset.splits.items():
-        np.testing.assert_array_equal(split.images, written[f"{part}_images"])
-        labels = written[f"{part}_labels"]
-        assert split.labels.dtype == np.int64
+    for split, found in dataset.splits.items():
+        np.testing.assert_array_equal(found.images, written[f"{split}_images"])
+        labels = written[f"{split}_labels"]
+        assert found.labels.dtype == np.int64
         np.testing.assert_array_equal(
-            split.labels, labels if dataset.spec.multi_label else labels[:, 0]
+            found.labels, labels if dataset.spec.multi_label else labels[:, 0]
         )
-        assert split.ids[-1] == f"{name}/{part}/{COUNTS[part] - 1:06d}"
-        assert split.groups is None
+        assert found.ids[-1] == f"{name}/{split}/{COUNTS[split] - 1:06d}"
+        assert found.groups is None
 
 
 def test_roots_are_searched_in_order(tmp_path, official):
@@ -100,7 +100,7 @@ def test_a_missing_file_names_all_roots(tmp_path):
         data.load("breastmnist", source="medmnist", roots=[tmp_path, tmp_path / "nowhere"], size=64)
     with pytest.raises(ValueError, match="no data root at all"):
         data.load("breastmnist", source="medmnist")
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="does not exist"):
         load_file(tmp_path / "x.npz", small("breastmnist"), size=28, source="medmnist")
 
 
@@ -144,7 +144,7 @@ def test_wrong_content_is_refused_and_named(case, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         read(path, spec)
     assert str(path) in str(caught.value)
-    with pytest.raises(ValueError, match=message):  # leave to differ in MD5 is leave for no more
+    with pytest.raises(ValueError, match=message):  # allow_unverified allows another MD5 only
         read(path, spec, expected_md5="0" * 32, allow_unverified=True)
 
 
@@ -170,7 +170,7 @@ def test_a_truncated_archive_is_refused(share, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x93NUMPY\x01\x00"], ids=str)
-def test_what_is_no_zip_is_refused(content, tmp_path):
+def test_a_file_that_is_not_a_zip_is_refused(content, tmp_path):
     path = tmp_path / "breastmnist.npz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"not a \.npz"):
@@ -178,7 +178,7 @@ def test_what_is_no_zip_is_refused(content, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>"], ids=str)
-def test_a_member_that_is_no_array_is_refused(content, tmp_path):
+def test_a_member_that_is_not_an_array_is_refused(content, tmp_path):
     spec = small("breastmnist")
     path = write(tmp_path, spec)
     with zipfile.ZipFile(path) as archive:
@@ -232,7 +232,7 @@ def write_own(folder: Path, spec, *, size: int = 28, more: dict | None = None, *
 @pytest.mark.parametrize("name", medmnist.NAMES)
 def test_a_card_of_every_form_is_loaded(name, tmp_path):
     spec = small(name)
-    write_own(tmp_path, spec, note="further fields are notes")
+    write_own(tmp_path, spec, note="other fields are notes")
     dataset = data.load("own", source="medmnist", roots=[tmp_path])
     assert dataset.spec == replace(spec, name="own", head="own", license="CC0", source="a test")
     assert (dataset.source, dataset.md5_ok) == ("card", True)
@@ -243,9 +243,11 @@ def test_a_card_of_every_form_is_loaded(name, tmp_path):
     assert data.names("phantom", [tmp_path]) == medmnist.NAMES
 
 
-def test_groups_of_a_card_come_along(tmp_path):
+def test_groups_of_a_card_are_loaded(tmp_path):
     spec = small("breastmnist")
-    groups = {f"{part}_groups": np.array([f"p{i}" for i in range(COUNTS[part])]) for part in SPLITS}
+    groups = {
+        f"{split}_groups": np.array([f"p{i}" for i in range(COUNTS[split])]) for split in SPLITS
+    }
     write_own(tmp_path, spec, more=groups)
     split = data.load("own", source="medmnist", roots=[tmp_path]).splits["train"]
     assert split.take([3, 1]).groups.tolist() == ["p3", "p1"]
@@ -260,7 +262,7 @@ def test_groups_of_a_card_come_along(tmp_path):
 BAD_CARDS = {
     "field missing": ({"license": None}, r"lacks \['license'\]"),
     "task": ({"task": "segmentation"}, "task is 'segmentation'; expected one of"),
-    "name": ({"name": "other"}, "name is 'other'; expected the file's, 'own'"),
+    "name": ({"name": "other"}, "name is 'other'; expected the file's name, 'own'"),
     "channels": ({"n_channels": 4}, "n_channels is 4"),
     "channels text": ({"n_channels": "1"}, "n_channels is '1'; expected a JSON integer"),
     "channels bool": ({"n_channels": True}, "expected a JSON integer"),
@@ -285,13 +287,13 @@ def test_a_bad_card_is_refused_and_named(case, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "", "[1]", "\xff"], ids=["cut", "empty", "list", "latin"])
-def test_a_card_that_is_no_json_object_is_refused(text, tmp_path):
+def test_a_card_that_is_not_a_json_object_is_refused(text, tmp_path):
     write_own(tmp_path, small("breastmnist")).write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"own\.json: (not a JSON card|holds a list)"):
         data.load("own", source="medmnist", roots=[tmp_path])
 
 
-def test_half_of_an_own_dataset_says_which_half_is_missing(tmp_path):
+def test_half_of_a_custom_dataset_says_which_half_is_missing(tmp_path):
     path = write_own(tmp_path, small("breastmnist"))
     with pytest.raises(ValueError, match=r"own_64\.npz is missing.*own\.npz"):
         data.load("own", source="medmnist", roots=[tmp_path], size=64)
@@ -322,7 +324,7 @@ def test_an_unknown_source_names_the_nearest():
         data.load("breastmnist", source="fantom")
 
 
-def test_errors_name_the_card_seen(tmp_path):
+def test_errors_name_the_folders_of_cards(tmp_path):
     write_own(tmp_path, small("breastmnist"))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         data.load("owm", source="medmnist", roots=[tmp_path])
@@ -345,4 +347,4 @@ def test_real_files_pass_every_check(name, shared):
     roots = [shared / "medmnist", shared / "medmnist_form"]
     dataset = data.load(name, source="medmnist", roots=roots, allow_unverified=["pneumoniamnist"])
     assert (dataset.source, dataset.md5_ok) == REAL[name]
-    assert {part: len(s) for part, s in dataset.splits.items()} == dataset.spec.n_samples
+    assert {split: len(s) for split, s in dataset.splits.items()} == dataset.spec.n_samples

@@ -1,4 +1,4 @@
-"""The descriptions from INFO, without importing it, and the download."""
+"""The descriptions from INFO, read without an import, and the download."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ def test_the_twelve_sets_as_the_paper_counts_them():
     assert sum({s.head: len(s.classes) for s in specs.values()}.values()) == 70
     assert [n for n, s in specs.items() if s.multi_label] == ["chestmnist"]
     assert len({s.classes for s in specs.values() if s.head == "organ"}) == 1
-    totals = [sum(s.n_samples[part] for s in specs.values()) for part in data.SPLITS]
+    totals = [sum(s.n_samples[split] for s in specs.values()) for split in data.SPLITS]
     assert totals == [518_175, 70_467, 119_320]
 
 
@@ -59,7 +59,7 @@ def test_an_unknown_size_is_an_error():
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """A file behind the official address, right by INFO."""
+    """A file at the official address, with the MD5 that INFO has."""
     content = tmp_path / "remote.npz"
     content.write_bytes(b"the official bytes")
     entry = medmnist.info()["breastmnist"] | {
@@ -76,7 +76,7 @@ def test_download_keeps_what_has_the_right_md5(served, tmp_path):
     path = medmnist.download("breastmnist", 64, root)
     assert path == root / "breastmnist_64.npz"
     assert path.read_bytes() == served.read_bytes()
-    served.unlink()  # there already: nothing is fetched
+    served.unlink()  # the file exists already: nothing is fetched
     assert medmnist.download("breastmnist", 64, root) == path
     assert [p.name for p in root.iterdir()] == [path.name]
 

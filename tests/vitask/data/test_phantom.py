@@ -1,4 +1,4 @@
-"""The stand-in has the form of the real sets, and is the same at every call."""
+"""The stand-in has the form of the real sets, and is the same in every call."""
 
 import numpy as np
 import pytest
@@ -23,17 +23,17 @@ def test_has_the_form_of_the_real_set(name, made):
     assert (dataset.source, dataset.size, dataset.md5_ok) == ("phantom", 28, True)
     assert "phantom" in spec.source
     assert data.specs("phantom")[name] == spec
-    for part, n in zip(SPLITS, SIZES, strict=True):
-        split = dataset.splits[part]
-        assert split.images.dtype == np.uint8
-        assert split.labels.dtype == np.int64
-        assert split.images.shape == (n, 28, 28, *((3,) if real.n_channels == 3 else ()))
-        assert split.labels.shape == ((n, 14) if real.multi_label else (n,))
-        assert split.ids[7] == f"{name}/{part}/000007"
+    for split, n in zip(SPLITS, SIZES, strict=True):
+        found = dataset.splits[split]
+        assert found.images.dtype == np.uint8
+        assert found.labels.dtype == np.int64
+        assert found.images.shape == (n, 28, 28, *((3,) if real.n_channels == 3 else ()))
+        assert found.labels.shape == ((n, 14) if real.multi_label else (n,))
+        assert found.ids[7] == f"{name}/{split}/000007"
 
 
 @pytest.mark.parametrize("name", medmnist.NAMES)
-def test_every_class_is_in_every_part_and_the_imbalance_is_kept(name, made):
+def test_every_class_is_in_every_split_and_the_imbalance_is_kept(name, made):
     official = np.array(phantom.TRAIN_COUNTS[name])
     assert len(official) == len(made[name].spec.classes)
     for split in made[name].splits.values():
@@ -57,10 +57,10 @@ def test_no_picture_occurs_twice(name, made):
 
 
 @pytest.mark.parametrize("name", medmnist.NAMES)
-def test_is_the_same_at_every_call_and_for_itself(name, made):
+def test_is_the_same_in_every_call(name, made):
     again = phantom.make(name, SIZES)
     assert again.md5 == made[name].md5
-    other = phantom.make(name, (SIZES[0], 5, 5))  # a part depends on its own size alone
+    other = phantom.make(name, (SIZES[0], 5, 5))  # a split depends on its size only
     np.testing.assert_array_equal(other.splits["train"].images, again.splits["train"].images)
     assert other.md5 != again.md5
 
@@ -74,7 +74,7 @@ def test_takes_a_single_image(name):
     assert [len(s) for s in phantom.make(name, (1, 1, 1)).splits.values()] == [1, 1, 1]
 
 
-def test_marks_differ_in_nothing_but_form():
+def test_marks_differ_in_form_only():
     marks = phantom.marks()
     assert marks.shape == (phantom.MARKS, 5, 5)
     np.testing.assert_allclose(marks.mean((1, 2)), 0, atol=1e-6)
@@ -83,7 +83,7 @@ def test_marks_differ_in_nothing_but_form():
     np.testing.assert_array_equal(marks[1::2], marks[::2, ::-1])
 
 
-def test_brightness_says_nothing_about_the_class(made):
+def test_brightness_does_not_depend_on_the_class(made):
     for name, dataset in made.items():
         split = dataset.splits["train"]
         if dataset.spec.multi_label:

@@ -1,4 +1,4 @@
-"""Subsets keep the classes' shares; duplicates are found wherever they stand."""
+"""Subsets keep the shares of the classes; duplicates are found in any split."""
 
 from dataclasses import replace
 
@@ -19,15 +19,15 @@ def test_shares_sum_up_and_stay_within_the_counts(counts, draw):
     assert given_.sum() == total
     assert (given_ >= 0).all()
     assert (given_ <= counts).all()
-    there = np.array(counts) > 0
-    if total >= there.sum():
-        assert (given_[there] >= 1).all()
+    present = np.array(counts) > 0
+    if total >= present.sum():
+        assert (given_[present] >= 1).all()
 
 
 @given(st.lists(st.integers(1000, 10**6), min_size=2, max_size=12), st.integers(200, 500))
 def test_shares_are_in_proportion(counts, total):
     exact = total * np.array(counts) / sum(counts)
-    # One away by rounding, and what the smallest were lifted to 1 is taken from the others.
+    # Off by one from rounding, and by the images that lift the smallest to 1.
     assert np.abs(shares(np.array(counts), total) - exact).max() <= len(counts)
 
 
@@ -44,10 +44,10 @@ def sets():
 @given(train=st.integers(1, 120), seed=st.integers(0, 9))
 def test_a_subset_is_stratified_ordered_and_repeatable(sets, name, train, seed):
     whole = sets[name]
-    part = data.subset(whole, train=train, seed=seed)
-    split, source = part.splits["train"], whole.splits["train"]
+    fewer = data.subset(whole, train=train, seed=seed)
+    split, source = fewer.splits["train"], whole.splits["train"]
     assert len(split) == min(train, len(source))
-    assert part.splits["test"] is whole.splits["test"]  # None: all
+    assert fewer.splits["test"] is whole.splits["test"]  # None: all
     at = [int(i.rsplit("/", 1)[1]) for i in split.ids]
     assert at == sorted(set(at))
     np.testing.assert_array_equal(split.images, source.images[at])
@@ -74,14 +74,14 @@ def test_strata_of_multi_label_rows():
 
 
 def planted() -> Dataset:
-    """Six images a part; three faults: across, within, and under two labels."""
+    """Six images in each split; copies in another split, in the same, and with another label."""
     rng = np.random.default_rng(0)
     splits = {}
-    for part in SPLITS:
+    for split in SPLITS:
         images = rng.integers(0, 256, (6, 28, 28), dtype=np.uint8)
-        names = np.array([f"own/{part}/{i:06d}" for i in range(6)])
-        groups = np.array([f"{part}{i}" for i in range(6)], dtype="U8")
-        splits[part] = Split(images, np.zeros(6, np.int64), names, groups)
+        names = np.array([f"own/{split}/{i:06d}" for i in range(6)])
+        groups = np.array([f"{split}{i}" for i in range(6)], dtype="U8")
+        splits[split] = Split(images, np.zeros(6, np.int64), names, groups)
     splits["test"].images[2] = splits["train"].images[1]
     splits["val"].images[4] = splits["val"].images[3]
     splits["train"].images[5] = splits["train"].images[0]
