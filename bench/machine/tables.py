@@ -37,7 +37,7 @@ class Aim:
 
     def check(self, frame: pd.DataFrame, names: str, sizes: str) -> tuple[str, str, bool | None]:
         """(text, result, whether it was reached: None if not measured)"""
-        for column, value in (self.where | {"quantity": self.quantity}).items():
+        for column, value in {**self.where, "quantity": self.quantity}.items():
             frame = frame[frame[column] == value]
         frame = frame[frame[sizes] >= self.least_rows]
         values = frame.pivot_table(index=sizes, columns=names, values="value")

@@ -9,7 +9,6 @@ import jinja2
 import pandas as pd
 
 from bench.errors import ROOT
-from bench.report.table import SMALL_TEST
 from bench.runs.records import Record
 from bench.suite import Suite
 
@@ -21,6 +20,7 @@ ENVIRONMENT = jinja2.Environment(
     autoescape=False,
 )
 SIGNIFICANT = 0.05
+SMALL_TEST = 500  # images; below, a row is flagged
 MOST_COLUMNS = 8  # of a table; with more methods each is a line
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bench.report.answers import Answers
+from bench.report.page import SMALL_TEST
 from bench.runs.records import Record
 from bench.stats import items as own
 from bench.stats.items import Items
@@ -30,7 +31,6 @@ COLUMNS = (
     "difference_high", "p", "p_images", "small_test", "record",
 )  # fmt: skip
 AVERAGE = "average"
-SMALL_TEST = 500  # images; below, a row is flagged
 
 
 @dataclass

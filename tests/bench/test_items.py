@@ -1,23 +1,37 @@
 """A suite's own metrics have the same statistics as those of answers."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import items as own
-from bench import stats
-from bench.report.table import _average, _Cell, _resample_items, _resample_lost
-from bench.stats.items import Items, means, points
-from bench.stats.resampling import bootstrap_weights, swaps
-from bench.suite import corruptions, external, ranking
+from bench.report.table import Cells, _Cell, _Table
+from bench.stats import items as own
+from bench.stats import resampling as stats
+from bench.stats.items import Items, points
+from bench.stats.resampling import bootstrap_weights, centred_interval, interval, swaps
+from bench.suite import SUITES, Suite, suite
+from bench.suites.ranking import BINS
 from vitask.data import load
 from vitask.decision import scored
 from vitask.score import Prediction
 
 SPEC = load("retinamnist", source="phantom").spec
+CORRUPTIONS, EXTERNAL, RANKING = map(suite, ("corruptions", "external", "ranking"))
+
+
+def table_of(suite: Suite, cells: dict[str, Cells] | None = None) -> _Table:
+    """A table of these cells, without records."""
+    table = _Table.__new__(_Table)
+    table.suite, table.cells = suite, cells or {}
+    return table
+
+
+def only_ranks(suite: Suite) -> dict[str, tuple[str, ...]]:
+    """What a suite says its metrics compare alone, as the statistics take it."""
+    return {metric.name: metric.ranks for metric in suite.metrics if metric.ranks}
 
 
 def answers(seed: int, labels: np.ndarray):
@@ -35,6 +49,7 @@ def test_share_of_right_answers_has_the_interval_and_permutations_of_accuracy(gr
         [Items({"accuracy": (a.predicted == labels).astype(float)}, groups) for a in method]
         for method in (ours, theirs)
     ]
+    means = Suite().measured
     weights, swap = bootstrap_weights("x", 60, groups), swaps("x", 60, groups)
     expected = stats.resampled(ours, weights)["accuracy"]
     np.testing.assert_allclose(own.resampled(right[0], means, weights)["accuracy"], expected)
@@ -63,7 +78,7 @@ def test_what_a_corruption_takes_is_measured_on_the_images_that_are_drawn():
         drawn = stats.resampled([made], bootstrap_weights("x", 200, np.tile(ids, 5)))
         found["x+blur"][method] = _Cell([], {}, [made], [], drawn)
         truth[method] = clean, made
-    _resample_lost(found, corruptions)
+    table_of(CORRUPTIONS, found)._resample_lost()
 
     def accuracy(one, rows):
         return balanced_accuracy_score(one.labels[rows], one.predicted[rows])
@@ -82,9 +97,9 @@ def test_referable_auc_is_the_auc_of_the_two_sides():
 
     rng = np.random.default_rng(1)
     p, truth = rng.random(80).round(2), rng.integers(0, 2, 80).astype(float)
-    found = points(Items({"probability": p, "referable": truth}), external.measured)
+    found = points(Items({"probability": p, "referable": truth}), EXTERNAL.measured)
     assert found["referable_auc"][0] == pytest.approx(roc_auc_score(truth, p))
-    one_side = points(Items({"probability": p, "referable": np.ones(80)}), external.measured)
+    one_side = points(Items({"probability": p, "referable": np.ones(80)}), EXTERNAL.measured)
     assert np.isnan(one_side["referable_auc"][0])
 
 
@@ -97,7 +112,7 @@ def test_ranking_numbers_are_those_of_the_drawn_images(seed):
     values = {"positive": rng.random(12).round(1), "negative": rng.random(12).round(1)}
     drawn = rng.integers(0, 12, 12)
     weights = np.bincount(drawn, minlength=12)[None].astype(float)
-    found = ranking.measured(values, weights)
+    found = RANKING.measured(values, weights)
     positive, negative = values["positive"][drawn], values["negative"][drawn]
     truth = np.repeat([1, 0], 12)
     auc = roc_auc_score(truth, np.concatenate([positive, negative]))
@@ -105,8 +120,8 @@ def test_ranking_numbers_are_those_of_the_drawn_images(seed):
     assert found["positive"][0] == pytest.approx(positive.mean())
     shares = [
         np.histogram(
-            np.minimum((side * ranking.BINS).astype(int), ranking.BINS - 1),
-            np.arange(ranking.BINS + 1),
+            np.minimum((side * BINS).astype(int), BINS - 1),
+            np.arange(BINS + 1),
         )[0]
         / 12
         for side in (positive, negative)
@@ -118,9 +133,6 @@ def sides(rng: np.random.Generator, count: int = 40) -> Items:
     return Items({"positive": rng.beta(3, 2, count), "negative": rng.beta(2, 2, count)})
 
 
-RANKED = {"ranking_auc": ("positive", "negative")}
-
-
 def test_a_metric_of_ranks_is_permuted_as_the_auc_of_answers_is(make):
     found = make("binary-class", count=60, methods=4)
     swap = swaps("x", 60)
@@ -129,8 +141,9 @@ def test_a_metric_of_ranks_is_permuted_as_the_auc_of_answers_is(make):
         for a in found
     ]
     expected = stats.permuted_differences(found[:2], found[2:], swap)["auc"]
-    ranked = {"referable_auc": ("probability",)}
-    permuted = own.permuted_differences(items[:2], items[2:], external.measured, swap, ranked)
+    ranked = only_ranks(EXTERNAL)
+    assert ranked == {"referable_auc": ("probability",)}
+    permuted = own.permuted_differences(items[:2], items[2:], EXTERNAL.measured, swap, ranked)
     np.testing.assert_allclose(permuted["referable_auc"], expected, atol=1e-12)
 
 
@@ -139,18 +152,19 @@ def test_a_metric_of_ranks_is_permuted_whatever_the_scale_of_a_method():
     rng = np.random.default_rng(0)
     ours, theirs, swap = sides(rng), sides(rng), swaps("x", 40)
     faint = Items({name: array**5 / 9 for name, array in ours.values.items()})
-    measured = ranking.measured
-    first = own.permuted_differences([ours], [theirs], measured, swap, RANKED)
-    second = own.permuted_differences([faint], [theirs], measured, swap, RANKED)
+    measured, ranked = RANKING.measured, only_ranks(RANKING)
+    assert ranked == {"ranking_auc": ("positive", "negative")}
+    first = own.permuted_differences([ours], [theirs], measured, swap, ranked)
+    second = own.permuted_differences([faint], [theirs], measured, swap, ranked)
     np.testing.assert_array_equal(first["ranking_auc"], second["ranking_auc"])
-    alike = own.permuted_differences([ours], [faint], measured, swap, RANKED)["ranking_auc"]
+    alike = own.permuted_differences([ours], [faint], measured, swap, ranked)["ranking_auc"]
     np.testing.assert_allclose(alike, 0, atol=1e-12)
     raw = own.permuted_differences([ours], [theirs], measured, swap)
     for name in ("overlap", "positive", "negative"):
         np.testing.assert_array_equal(first[name], raw[name])
     assert list(first) == list(raw)
     seen = [points(one, measured)["ranking_auc"][0] for one in (ours, theirs)]
-    none = own.permuted_differences([ours], [theirs], measured, np.zeros((1, 40), bool), RANKED)
+    none = own.permuted_differences([ours], [theirs], measured, np.zeros((1, 40), bool), ranked)
     assert none["ranking_auc"][0] == pytest.approx(seen[0] - seen[1])
 
 
@@ -158,14 +172,45 @@ def test_a_suite_says_which_of_its_metrics_are_of_ranks():
     rng = np.random.default_rng(2)
     ours, theirs = sides(rng), sides(rng)
     faint = Items({name: array**5 for name, array in ours.values.items()})
-    module = SimpleNamespace(**vars(ranking) | {"RANKED": RANKED})
-    found = []
-    for one in (ours, faint):
+
+    def permuted(of: Suite, one: Items) -> dict[str, np.ndarray]:
         cells = {"crt": _Cell([], {}, [], [one]), "vanilla": _Cell([], {}, [], [theirs])}
-        _resample_items("x", cells, module)
-        found.append(cells["crt"].permuted)
+        table_of(of)._resample_items("x", cells)
+        assert not cells["vanilla"].permuted  # it is the reference
+        return cells["crt"].permuted
+
+    found = [permuted(RANKING, one) for one in (ours, faint)]
     np.testing.assert_array_equal(found[0]["ranking_auc"], found[1]["ranking_auc"])
     assert (found[0]["positive"] != found[1]["positive"]).any()
+    silent = type(RANKING)()
+    silent.metrics = tuple(replace(metric, ranks=()) for metric in RANKING.metrics)
+    found = [permuted(silent, one) for one in (ours, faint)]
+    assert (found[0]["ranking_auc"] != found[1]["ranking_auc"]).any()
+
+
+def test_sums_of_distances_alone_have_their_resamples_moved_back():
+    every = [suite(name) for name in SUITES]
+    biased = {metric.name for one in every for metric in one.metrics if metric.biased}
+    assert biased == {"ece", "overlap"}
+    values = np.random.default_rng(0).uniform(0.1, 0.3, 500)  # all above the estimate
+    table = table_of(RANKING)
+    for metric in ("overlap", "ece"):
+        assert table._interval(metric, {metric: values}, 0.05) == centred_interval(values, 0.05)
+        assert table._interval(metric, {}, 0.05) == pytest.approx((np.nan, np.nan), nan_ok=True)
+    for metric in ("ranking_auc", "accuracy", "recall:class 1"):
+        assert table._interval(metric, {metric: values}, 0.05) == interval(values)
+    cells = {}
+    for method, shown in (("crt", 0.02), ("vanilla", 0.06)):
+        cells[method] = _Cell([], {"overlap": [shown]})
+    cells["crt"].resampled = {"overlap": values}
+    cells["vanilla"].resampled = {"overlap": values[::-1] + 0.2}
+    row = table._difference(cells, "crt", "overlap")
+    paired = values - (values[::-1] + 0.2)
+    expected = centred_interval(paired, 0.02 - 0.06, (-1.0, 1.0))
+    assert (row["difference_low"], row["difference_high"]) == pytest.approx(expected)
+    assert row["difference_low"] < row["difference"] < row["difference_high"]
+    assert row["reference"] == "vanilla"
+    assert table._difference(cells, "vanilla", "overlap") == {}
 
 
 def test_average_counts_images_once_however_many_sets_show_them():
@@ -176,7 +221,7 @@ def test_average_counts_images_once_however_many_sets_show_them():
         cell = _Cell([], {"accuracy": rng.random(2).tolist()}, ["answered"])
         cell.resampled, cell.permuted = {"accuracy": rng.random(5)}, {"accuracy": rng.random(5)}
         found[name] = {"tsm": cell}
-    done = _average(found, corruptions)["tsm"]
+    done = table_of(CORRUPTIONS)._average(found)["tsm"]
 
     def expected(of):
         a = [of(found[name]["tsm"]) for name in ("a+blur", "a+noise", "a+fog")]
@@ -185,7 +230,7 @@ def test_average_counts_images_once_however_many_sets_show_them():
     for of in (lambda c: c.points, lambda c: c.resampled, lambda c: c.permuted):
         one = expected(lambda cell, of=of: np.array(of(cell)["accuracy"]))
         np.testing.assert_allclose(of(done)["accuracy"], one)
-    plain = _average(found, external)["tsm"]  # there every set shows its own images
+    plain = table_of(EXTERNAL)._average(found)["tsm"]  # there every set shows its own images
     every = [cells["tsm"].points["accuracy"] for cells in found.values()]
     np.testing.assert_array_equal(plain.points["accuracy"], np.mean(every, axis=0))
 

@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import peers, speed
+from bench.machine import kernels, peers, speed, step
 from bench.machine.tables import run_machine_suite
-from bench.suite import MACHINE_SUITES, kernels, machine_suite, step
+from bench.runs.memory import Held
+from bench.suite import MACHINE_SUITES, machine_suite
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()
@@ -58,13 +59,13 @@ def test_memory_is_what_a_call_holds_at_most():
 
 def test_memory_of_long_work_is_what_it_holds_beyond_what_was_there():
     kept = torch.ones(2**24, device=DEVICE)  # 64 MiB from before
-    with speed.Held() as held:
+    with Held() as held:
         work = kept + 1
         work = work * 2  # old and new at once: 128 MiB
     assert held.mib == pytest.approx(128, rel=0.1)
     freed = torch.ones(2**24, device=DEVICE)
     del freed, work
-    with speed.Held() as held:
+    with Held() as held:
         again = kept + 1  # in what was freed
     assert held.mib == pytest.approx(64, rel=0.1)
     assert again.sum() > 0
@@ -123,7 +124,7 @@ def test_a_machine_suite_leaves_its_three_files(name, quick, tmp_path):
     assert {path.suffix for path in written} == {".csv", ".md", ".json"}
     assert sorted(table.parent.iterdir()) == sorted(written)
     assert table.stem == speed.slug(speed.device_name())
-    columns = machine_suite(name).COLUMNS
+    columns = machine_suite(name).columns
     assert table.read_text().splitlines()[0] == ",".join(columns)
     frame = pd.read_csv(table)
     spread = frame[frame.low.notna()]
@@ -207,7 +208,7 @@ def test_kernels_need_no_library_of_the_data():
     blocked = ("medmnist", "timm", "sklearn", "accelerate", "peft", "transformers")
     code = (
         f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
-        "import bench.machine, bench.suites.kernels\n"
+        "import bench.machine.kernels, bench.machine.tables\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from bench.report.official import file_name, is_official, official_texts, write_official
-from bench.runs.job import _data_card
-from bench.runs.records import Record, candidates_card, write_samples
+from bench.runs.judge import candidates_card
+from bench.runs.plan import _data_card
+from bench.runs.records import Record, write_samples
 from vitask.data import medmnist
 from vitask.data.spec import Dataset, Split, ids
 from vitask.prompts import candidates

@@ -11,9 +11,9 @@ from bench.stats.metrics import measure
 from bench.stats.resampling import (
     RESAMPLES,
     bootstrap_weights,
+    centred_interval,
     holm,
     interval,
-    interval_of,
     p_value,
     permuted_differences,
     resampled,
@@ -166,6 +166,29 @@ def test_interval_without_values():
     assert interval(np.array([np.nan, 1.0, 1.0])) == (1.0, 1.0)
 
 
+def test_a_centred_interval_is_the_percentile_interval_moved_by_the_bias():
+    values = np.random.default_rng(0).beta(4, 8, 500)
+    low, high = interval(values)
+    for estimate in (0.3, 0.4):
+        moved = estimate - values.mean()
+        expected = low + moved, high + moved
+        assert centred_interval(values, estimate) == pytest.approx(expected)
+        undefined = np.append(values, [np.nan] * 3)  # resamples without a value are left out
+        assert centred_interval(undefined, estimate) == pytest.approx(expected)
+    assert centred_interval(values, values.mean()) == pytest.approx((low, high))
+
+
+def test_a_centred_interval_stays_within_the_bounds_of_its_metric():
+    values = np.random.default_rng(0).uniform(0.2, 0.8, 500)
+    low, high = centred_interval(values, 0.05)
+    assert low == 0.0 < 0.05 < high
+    low, high = centred_interval(values, 0.95)
+    assert low < 0.95 < high == 1.0
+    low, high = centred_interval(values, 0.05, (-1.0, 1.0))  # a difference may be negative
+    assert low == pytest.approx(interval(values - values.mean())[0] + 0.05)
+    assert low < 0
+
+
 def test_interval_of_a_biased_metric_holds_its_estimate(make):
     """Of an error whose resamples nearly all lie above it, and of a difference of two."""
     rng = np.random.default_rng(0)
@@ -187,11 +210,10 @@ def test_interval_of_a_biased_metric_holds_its_estimate(make):
     seen = [np.mean([measure(one)["ece"][0] for one in seeds]) for seeds in methods]
     assert any(interval(values)[0] > one for values, one in zip(drawn, seen, strict=True))
     for values, one in zip(drawn, seen, strict=True):
-        low, high = interval_of("ece", values, one)
+        low, high = centred_interval(values, one)
         assert 0 <= low < one < high
         assert high - low <= np.diff(interval(values))[0] + 1e-12
-        assert interval_of("accuracy", values, one) == interval(values)
-    low, high = interval_of("ece", drawn[0] - drawn[1], seen[0] - seen[1], (-1.0, 1.0))
+    low, high = centred_interval(drawn[0] - drawn[1], seen[0] - seen[1], (-1.0, 1.0))
     assert low < seen[0] - seen[1] < high
 
 
@@ -214,7 +236,7 @@ def test_interval_of_a_biased_metric_covers_what_so_many_images_give():
     covered, by_percentiles = 0, 0
     for one, value in zip(sets, seen, strict=True):
         drawn = error(*one, weights)
-        low, high = interval_of("ece", drawn, value)
+        low, high = centred_interval(drawn, value)
         covered += low <= np.mean(seen) <= high
         low, high = interval(drawn)
         by_percentiles += low <= np.mean(seen) <= high
