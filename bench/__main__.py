@@ -22,7 +22,7 @@ from bench.commands.cli import (
     must_resolve,
     split_names,
     stop,
-)
+)  # fmt: skip
 from bench.commands.data import data_app
 from bench.suite import MACHINE_SUITES, SUITES
 
@@ -108,19 +108,10 @@ def run(
     from bench.api import run as run_suites
 
     done = run_suites(
-        "all" if all_suites else wanted,
-        recipe=from_file,
-        settings=by_hand,
-        data=data,
-        data_root=roots,
-        datasets=names,
-        seeds=numbers,
-        limit=limit,
-        allow_unverified=allowed,
-        out=out,
-        fresh=fresh,
-        note=_note,
-    )
+        "all" if all_suites else wanted, recipe=from_file, settings=by_hand, data=data,
+        data_root=roots, datasets=names, seeds=numbers, limit=limit, allow_unverified=allowed,
+        out=out, fresh=fresh, note=_note,
+    )  # fmt: skip
     if done.tables:
         from bench.commands.show import main_table
 

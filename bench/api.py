@@ -85,17 +85,9 @@ def run(
     for name in (*names, *allowed):
         spec(name, roots=roots)
     plan = Plan(
-        recipe=base,
-        source=data,
-        names=names,
-        roots=roots,
-        allow_unverified=allowed,
-        limit=limit,
-        out=Path(out),
-        seeds=tuple(sorted(set(seeds))),
-        settings=in_file | by_hand,
-        by_hand=by_hand,
-    )
+        base, data, names, roots, allowed, limit, Path(out), tuple(sorted(set(seeds))),
+        settings=in_file | by_hand, by_hand=by_hand,
+    )  # fmt: skip
     wanted = list(SUITES) if suites == ALL else list(dict.fromkeys(suites))
     return run_plan(plan, wanted, fresh=fresh, leave_out=suites == ALL, command=command, note=note)
 

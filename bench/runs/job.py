@@ -106,16 +106,9 @@ def _run_seed(
         total = len(job.suite.methods)
         progress.note(f"{name}, seed {seed}: {found} of {total} methods were computed before")
     work = Work(
-        suite=name,
-        recipe=job.plan.recipe,
-        datasets=job.datasets,
-        evaluated=job.evaluated,
-        seed=seed,
-        folder=folder,
-        versions=job.versions,
-        progress=progress,
-        cache=cache,
-    )
+        name, job.plan.recipe, job.datasets, job.evaluated, seed, folder, job.versions, progress,
+        cache,
+    )  # fmt: skip
     started = _start()
     for outcome in job.suite.run(work, wanted):
         write_record(job, outcome, seed, place, command, started())
@@ -142,19 +135,9 @@ def write_record(
     if judged.varying:
         measured["values"] = judged.varying
     Record(
-        suite=job.suite.name,
-        method=outcome.method,
-        seed=seed,
-        key=record_key(job.key, outcome.method, seed),
-        command=command,
-        **job.data_cards(),
-        candidates=judged.candidates,
-        samples_sha256=digest,
-        metrics=judged.metrics,
-        confusion=judged.confusion,
-        extras=outcome.extras,
-        items=judged.items,
-        commit=commit(),
-        hardware=hardware(),
-        measured=measured,
-    ).write(place)
+        suite=job.suite.name, method=outcome.method, seed=seed, command=command,
+        key=record_key(job.key, outcome.method, seed), **job.data_cards(),
+        candidates=judged.candidates, samples_sha256=digest, metrics=judged.metrics,
+        confusion=judged.confusion, extras=outcome.extras, items=judged.items,
+        commit=commit(), hardware=hardware(), measured=measured,
+    ).write(place)  # fmt: skip

@@ -79,12 +79,9 @@ class Work:
 
     def vlm(self) -> VLM:
         """A fresh VLM: tuning changes it in place."""
-        return VLM.load(
-            self.recipe.vlm,
-            dtype=getattr(torch, self.recipe.precision),
-            device=self.device,
-            attention=self.recipe.attention,
-        )
+        recipe = self.recipe
+        dtype = getattr(torch, recipe.precision)
+        return VLM.load(recipe.vlm, dtype=dtype, device=self.device, attention=recipe.attention)
 
     @cached_property
     def untuned(self) -> VITask:
@@ -181,15 +178,9 @@ class Work:
 
         def train(vlm: VLM, image: Features) -> tuple[VITask, Any]:
             model, log = tune(
-                vlm,
-                datasets,
-                recipe,
-                self.seed,
-                image=image,
-                tsm=None if tsm is None else tsm.model,
-                exemplar=in_training,
-                on_epoch=self._on_epoch(cost, training),
-            )
+                vlm, datasets, recipe, self.seed, image=image, exemplar=in_training,
+                tsm=None if tsm is None else tsm.model, on_epoch=self._on_epoch(cost, training),
+            )  # fmt: skip
             return model, asdict(log)
 
         load = partial(VITask.from_pretrained, device=self.device)
