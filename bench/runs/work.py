@@ -21,6 +21,7 @@ from bench.suite import Outcome, Suite, Training
 from vitask.checkpoint import Task, VITask
 from vitask.data.spec import SPLITS, Dataset
 from vitask.data.subset import subset
+from vitask.decision import rounded
 from vitask.exemplar import feature_kind
 from vitask.features import Features
 from vitask.recipes import Recipe, vanilla
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 # Costs in samples of vanilla tuning, measured with the pocket recipe.
 TSM_SAMPLE, VITASK_SAMPLE, SCORED_IMAGE = 0.25, 2.0, 0.6
-DIGITS = 2.0**-10  # nat: what samples keep of a log-probability
 
 
 @dataclass(frozen=True)
@@ -332,15 +332,6 @@ def classified(tsm: TSM, name: str, images: np.ndarray, dataset: Dataset) -> Pre
     """A task-specific model's prediction for some images of a dataset."""
     log_p = tsm.log_probabilities(images, dataset.spec)
     return Prediction(name, "labels" if dataset.spec.multi_label else "candidates", log_p)
-
-
-def rounded(prediction: Prediction) -> Prediction:
-    """As samples keep it: what is measured is what is on disk."""
-    log_p = np.round(prediction.log_probability / DIGITS) * DIGITS
-    return Prediction(
-        prediction.dataset, prediction.kind, log_p.astype(np.float32).astype(np.float64),
-        prediction.generated,
-    )  # fmt: skip
 
 
 def fraction(datasets: dict[str, Dataset], share: float) -> dict[str, Dataset]:
