@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from bench import corruption
 from vitask.data import load
 from vitask.data.corruption import (
+    PICKLED,
     SEVERITIES,
     corrupted,
     listed,
@@ -64,7 +64,7 @@ def test_every_listed_corruption_can_be_made_but_the_pickled_one():
     for name in NAMES:
         usable, lacking = split_listed(spec(name))
         assert set(usable) | set(lacking) == set(listed(spec(name)))
-        assert set(lacking) <= set(corruption.PICKLED)
+        assert set(lacking) <= set(PICKLED)
         assert len(usable) >= 5
 
 
