@@ -230,11 +230,14 @@ class Suite:
         return other
 
 
-KINDS = {  # what the four methods of most suites are
-    "tsm": "the task-specific model",
-    "vanilla": "the VLM tuned by instructions alone (Van)",
-    "vitask_without_ep": "VITask without the exemplar",
-    "vitask_with_ep": "VITask with the exemplar",
+KINDS = {  # what the four methods of most suites are; their texts enter no key
+    method.name: method.text
+    for method in (
+        Method("tsm", "the task-specific model"),
+        Method("vanilla", "the VLM tuned by instructions alone (Van)"),
+        Method("vitask_without_ep", "VITask without the exemplar"),
+        Method("vitask_with_ep", "VITask with the exemplar"),
+    )
 }
 BOTH_WAYS = ("vitask_without_ep", "vitask_with_ep")
 

@@ -18,8 +18,10 @@ from bench.errors import ROOT
 
 PACKAGES = ("kernels", "vitask", "bench")
 CODE = "code: "
-PROSE = {"text", "title", "question", "note", "help", "published"}  # arguments and attributes
 SHOWN = {"Method", "Metric", "Published", "Chart"}  # only their first argument decides anything
+PROSE = {"text", "title", "note"}  # their arguments that decide nothing
+ABOUT = {"question", "published"}  # attributes of a suite's class that decide nothing
+VALUES = {"Recipe", "Study", "replace"}  # what makes a recipe's values
 RECIPES = "vitask/recipes.py"  # a recipe's values enter as values, not as code
 
 
@@ -44,15 +46,24 @@ def code(modules: Iterable[str], leave: Collection[str] = (), root: Path = ROOT)
 
 
 def fields_read(paths: Iterable[str], known: Collection[str], root: Path = ROOT) -> frozenset[str]:
-    """The names among `known`, fields of a recipe, that these modules read as attributes."""
+    """The names among `known`, fields of a recipe, that these modules read as attributes.
+
+    Directly, or by a method or property of the recipe, such as `epochs`.
+    """
     read: set[str] = set()
     for name in paths:
         if name != RECIPES:
             path = root / name
             if not path.is_file():
                 path = Path(str(sys.modules[path.stem].__file__))
-            read |= _read(root, path, path.stat().st_mtime_ns)[2] & set(known)
-    return frozenset(read)
+            read |= _read(root, path, path.stat().st_mtime_ns)[2]
+    made = _methods(root / RECIPES, (root / RECIPES).stat().st_mtime_ns)
+    todo = read & made.keys()
+    while todo:
+        found = made[todo.pop()] - read
+        read |= found
+        todo |= found & made.keys()
+    return frozenset(read & set(known))
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -96,6 +107,18 @@ def _read(root: Path, path: Path, modified: int) -> tuple[str, tuple[Path, ...],
     return digest, imported, attributes
 
 
+@cache
+def _methods(recipes: Path, modified: int) -> dict[str, frozenset[str]]:
+    """Method or property of a recipe -> the attributes that it reads."""
+    return {
+        function.name: frozenset(n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute))
+        for one in ast.parse(recipes.read_bytes()).body
+        if isinstance(one, ast.ClassDef) and one.name == "Recipe"
+        for function in one.body
+        if isinstance(function, ast.FunctionDef)
+    }
+
+
 def _imports(root: Path, tree: ast.AST) -> Iterator[Path]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -127,7 +150,7 @@ class _Bare(ast.NodeTransformer):
         self._recipes = recipes
 
     def visit_If(self, node: ast.If) -> Any:
-        if ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        if ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             return [self.visit(one) for one in node.orelse]
         return self.generic_visit(node)
 
@@ -138,6 +161,10 @@ class _Bare(ast.NodeTransformer):
 
     def visit_Raise(self, node: ast.Raise) -> Any:
         return _Silent().visit(node)
+
+    def visit_Assert(self, node: ast.Assert) -> Any:
+        node.msg = None
+        return self.generic_visit(node)
 
     def visit_arg(self, node: ast.arg) -> Any:
         node.annotation = None
@@ -150,33 +177,43 @@ class _Bare(ast.NodeTransformer):
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> Any:
+        node.body = [one for one in node.body if not _names(one) & ABOUT]
         self.generic_visit(node)
         node.body = node.body or [ast.Pass()]
         return node
 
     def visit_Assign(self, node: ast.Assign) -> Any:
-        names = {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
-        return None if self._left_out(names, node.value) else self.generic_visit(node)
+        return None if self._recipe(node) else self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
-        names = {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
-        if node.value is not None and self._left_out(names, node.value):
-            return None
-        return self.generic_visit(node)
+        return None if self._recipe(node) else self.generic_visit(node)
 
-    def _left_out(self, names: set[str], value: ast.expr) -> bool:
-        made = {n.func.id for n in ast.walk(value)
+    def _recipe(self, node: ast.Assign | ast.AnnAssign) -> bool:
+        """Whether a statement gives names to recipes."""
+        if not self._recipes or not _names(node) or node.value is None:
+            return False
+        made = {n.func.id for n in ast.walk(node.value)
                 if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}  # fmt: skip
-        recipe = self._recipes and all(n.isupper() for n in names) and made & {"Recipe", "replace"}
-        return bool(recipe) or bool(names & PROSE)
+        return all(name.isupper() for name in _names(node)) and bool(made & VALUES)
 
     def visit_Call(self, node: ast.Call) -> Any:
         self.generic_visit(node)
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         if name in SHOWN:
             node.args = node.args[:1] + [a for a in node.args[2:] if name == "Method"]
-        node.keywords = [k for k in node.keywords if k.arg not in PROSE]
+            node.keywords = [k for k in node.keywords if k.arg not in PROSE]
         return node
+
+
+def _names(node: ast.stmt) -> set[str]:
+    """The names that a statement gives a value to."""
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    elif isinstance(node, ast.AnnAssign) and node.value is not None:
+        targets = [node.target]
+    else:
+        return set()
+    return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
 
 
 class _Silent(ast.NodeTransformer):
