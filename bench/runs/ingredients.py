@@ -10,12 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bench.runs.keys import code, fields_read, key, weights
+from bench.runs.keys import CODE, code, fields_read, key, weights
 from vitask.data.spec import SPLITS, Dataset
 from vitask.pocket import POCKET
 from vitask.prompts import instruction
 from vitask.recipes import Recipe
 
+WORK = "bench/runs/work.py"
 COMPUTING = ("bench.runs.work", "bench.runs.judge")  # beside a suite's own file
 # Not decided by these: the name is a label, data enter by content, memory moves features only.
 DATA = tuple(
@@ -48,6 +49,7 @@ def model_ingredients(
     if module != "vitask.tsm":
         found = {k: v for k, v in found.items() if not k.startswith("recipe.tsm")}
         found |= {"tsm": tsm_key, "exemplar": exemplar} | _weights(recipe)
+    found[f"{CODE}{WORK}"] = code(["bench.runs.work"], DATA)[WORK]  # hands features to trainings
     for name, dataset in datasets.items():
         found[f"data.{name}"] = [*data_of(dataset, ("train", "val")), instruction(dataset.spec)]
     return found | {"seed": seed}
@@ -90,7 +92,7 @@ def _of(modules: Mapping[str, str], recipe: Recipe, versions: Mapping[str, str])
     return (
         {f"recipe.{name}": values[name] for name in sorted(read)}
         | {f"versions.{name}": version for name, version in versions.items()}
-        | {f"code: {path}": digest for path, digest in modules.items()}
+        | {f"{CODE}{path}": digest for path, digest in modules.items()}
     )
 
 
