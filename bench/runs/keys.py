@@ -238,6 +238,8 @@ def _is_recipe(node: ast.AST, name: str, scope: ast.AST | None) -> bool:
     """Whether an assignment in vitask/recipes.py makes recipes or is a field of `Recipe`."""
     if scope is None:
         calls = {ast.unparse(one.func) for one in ast.walk(node) if isinstance(one, ast.Call)}
-        return name == "RECIPES" or (name.isupper() and bool(calls & {"Recipe", "Source", "Study", "replace"}))
+        return name == "RECIPES" or (
+            name.isupper() and bool(calls & {"Recipe", "Source", "Study", "replace"})
+        )
     in_class = isinstance(scope, ast.ClassDef) and scope.name == "Recipe"
     return in_class and isinstance(node, ast.AnnAssign)
