@@ -1,7 +1,6 @@
 """A run from start to table: rendered, verified, compared."""
 
 import io
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -33,23 +32,6 @@ def complete(plan, **how):
 
 def records_of(plan):
     return sets.read_records(plan.folder, "cheap")
-
-
-def contents(folder):
-    """Every file's bytes, records without what time and memory are kept in."""
-    found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        content = path.read_bytes()
-        if path.parent.name == "records":
-            record = json.loads(content)
-            assert set(record.pop("measured")) == {"seconds", "peak_mib", "sha256"}
-            content = json.dumps(record)
-        found[path.relative_to(folder).as_posix()] = content
-    return found
-
-
-def changed_at(folder):
-    return {p.name: p.stat().st_mtime_ns for p in (folder / "records").iterdir()}
 
 
 @pytest.fixture
@@ -104,8 +86,6 @@ def test_several_seeds(plan):
     assert (frame.record.str.count(";") == 1).all()
 
 
-@pytest.mark.parametrize("moves", range(0, 14, 3))
-@pytest.mark.parametrize("content", [b'{"cheap": ', b"\xff\xfe{", b"[]", b'{"cheap": 3}'])
 def test_folder_names(plan):
     assert replace(plan, limit=7).folder.name == "tiny-phantom-limit7"
     chosen = replace(plan, names=("breastmnist",)).folder.name

@@ -144,6 +144,7 @@ def test_other_ingredients_supersede_and_come_back(finished, monkeypatch, capsys
     assert complete(other).computed == {"cheap": 0}
 
 
+@pytest.mark.parametrize("moves", range(0, 14, 3))
 def test_a_move_that_is_killed_goes_on(finished, monkeypatch, moves):
     plan, _ = finished
     other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5), seeds=(0, 1))
@@ -268,6 +269,7 @@ def test_one_process_at_a_time(plan):
     assert list(plan.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("content", [b'{"cheap": ', b"\xff\xfe{", b"[]", b'{"cheap": 3}'])
 def test_a_damaged_manifest_is_named(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"run.json is not a run's manifest.*put it back"):
