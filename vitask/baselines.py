@@ -1,4 +1,4 @@
-"""Simpler ideas: class frequencies, a linear probe, contrastive decoding, an ensemble."""
+"""Baselines: class frequencies, a linear probe, contrastive decoding, an ensemble."""
 
 from collections.abc import Mapping
 
@@ -16,13 +16,13 @@ from vitask.validation import decide, macro_f1
 
 Scores = dict[float, np.ndarray]  # strength -> log-probabilities (images, candidates)
 
-INVERSE_REGULARISATION = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C, chosen on the val part
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of contrastive decoding; weights of the ensemble
-SMALLEST = 1e-6  # probability given to a class that the training part lacks
+INVERSE_REGULARISATION = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C, chosen on the val split
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # contrastive strengths and ensemble weights
+SMALLEST = 1e-6  # probability of a class that is absent from the train split
 
 
 def majority(datasets: Mapping[str, Dataset]) -> list[Prediction]:
-    """The training part's class frequencies, whatever the image."""
+    """The train split's class frequencies, for every image."""
     predictions = []
     for name, dataset in datasets.items():
         spec, labels = dataset.spec, dataset.splits["train"].labels
@@ -43,8 +43,8 @@ def linear_probe(
 ) -> tuple[list[Prediction], dict[str, dict[str, float]]]:
     """Logistic regression on frozen features, one per dataset; C chosen by val macro-F1.
 
-    Returns the predictions for the test parts, and per dataset the val macro-F1 of every C.
-    ValueError for a training part of one class.
+    Returns the predictions for the test splits, and per dataset the val macro-F1 of every C.
+    Raises ValueError for a train split of one class.
     """
     predictions, curves = [], {}
     for name, dataset in datasets.items():
@@ -72,7 +72,7 @@ def _kind(dataset: Dataset) -> str:
 
 
 def _fit(dataset: Dataset, train: np.ndarray, c: float) -> list[Pipeline | float]:
-    """One classifier, or one per label; a label that is always or never there has its share."""
+    """One classifier, or one per label; a constant label gets its value instead."""
     labels = dataset.splits["train"].labels
     columns = labels.T if dataset.spec.multi_label else [labels]
     return [
@@ -86,7 +86,7 @@ def _fit(dataset: Dataset, train: np.ndarray, c: float) -> list[Pipeline | float
 
 
 def _log_probability(fits: list[Pipeline | float], dataset: Dataset, x: np.ndarray) -> np.ndarray:
-    """float64 (n, classes): samples are kept in float64, and are measured as they are kept."""
+    """float64 (n, classes), as sample files store it and metrics read it."""
     x = x.astype(np.float64)
     classes = len(dataset.spec.classes)
     if dataset.spec.multi_label:
@@ -103,7 +103,7 @@ def _log_probability(fits: list[Pipeline | float], dataset: Dataset, x: np.ndarr
 
 
 def contrastive(model: VITask, name: str, dataset: Dataset, image: Features, split: str) -> Scores:
-    """Contrastive decoding: log p(y | v) - strength log p(y | the mean training image)."""
+    """Contrastive decoding: log p(y | v) - strength log p(y | mean training image)."""
     own = model.score(name, image(name, split))
     blank = model.score(name, image(name, "train").mean(0, keepdim=True))
     return {strength: own - strength * blank for strength in STRENGTHS}
@@ -112,11 +112,11 @@ def contrastive(model: VITask, name: str, dataset: Dataset, image: Features, spl
 def ensemble(
     tsm: TSM, model: VITask, name: str, dataset: Dataset, image: Features, split: str
 ) -> Scores:
-    """(1 - weight) of a VLM's class log-probabilities and weight of a TSM's."""
+    """(1 - weight) times a VLM's class log-probabilities plus weight times a TSM's."""
     own = model.score(name, image(name, split))
     own = own - np.logaddexp.reduce(own, axis=1, keepdims=True)
     other = tsm.log_probabilities(dataset.splits[split].images, dataset.spec)
-    if dataset.spec.multi_label:  # of each candidate set of labels, labels independent
+    if dataset.spec.multi_label:  # per candidate label set, with independent labels
         members = model.tasks[name].candidates.members
         absent = np.log1p(-np.minimum(np.exp(other), 1 - 1e-12))
         other = other @ members.T + absent @ (~members).T

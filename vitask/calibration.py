@@ -1,4 +1,4 @@
-"""Temperature scaling and abstention, both set on validation data."""
+"""Temperature scaling and abstention, both fitted on the val split."""
 
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from vitask.score import Prediction
 
 LOG_TEMPERATURES = (-3.0, 3.0)
-COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the validation split that are answered
+COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the val split that are answered
 
 
 def at_temperature(prediction: "Prediction", temperature: float) -> np.ndarray:
-    """Log-probabilities at a temperature; of single labels by their logits."""
+    """Log-probabilities at a temperature; for independent labels, the logits are scaled."""
     log_p = prediction.log_probability
     if prediction.kind == "candidates":
         return log_p / temperature
@@ -23,7 +23,7 @@ def at_temperature(prediction: "Prediction", temperature: float) -> np.ndarray:
 
 
 def fit_temperature(val: "Prediction", dataset: Dataset, members: np.ndarray) -> float:
-    """The temperature that maximises the likelihood of the validation split."""
+    """The temperature that maximises the likelihood of the val split."""
     from scipy.optimize import minimize_scalar
 
     truth = dataset.splits["val"].labels
@@ -43,7 +43,7 @@ def fit_temperature(val: "Prediction", dataset: Dataset, members: np.ndarray) ->
 
 
 def candidate_of(labels: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """The candidate that states the labels, -1 for none."""
+    """The candidate that matches the labels; -1 if none does."""
     if labels.ndim == 1:
         return labels
     known = {row.tobytes(): number for number, row in enumerate(members)}
@@ -51,7 +51,7 @@ def candidate_of(labels: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 
 def confidence(prediction: "Prediction") -> np.ndarray:
-    """Log-probability of the given answer, (images,)."""
+    """Log-probability of the predicted answer, (images,)."""
     log_p = prediction.log_probability
     if prediction.kind == "labels":
         absent = np.log1p(-np.exp(np.minimum(log_p, -1e-12)))

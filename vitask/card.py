@@ -8,7 +8,7 @@ from vitask.recipes import Recipe
 
 
 def read_card(checkpoint: Path) -> tuple[Recipe, dict[str, DatasetSpec]]:
-    """What a checkpoint says about itself: its recipe, and the datasets that it answers for."""
+    """A checkpoint's recipe and the specs of its datasets."""
     card = checkpoint / "vitask.json"
     if not card.is_file():
         raise ValueError(f"no checkpoint at {checkpoint}; expected a folder with vitask.json")

@@ -1,4 +1,4 @@
-"""Predictions -> class probabilities and decisions, ready to be measured."""
+"""Turns predictions into class probabilities and decisions, the input of all metrics."""
 
 from dataclasses import dataclass, replace
 
@@ -15,13 +15,13 @@ INVALID = -1  # a generated answer that is not a candidate
 
 @dataclass(frozen=True)
 class Scored:
-    """One method's answers for one dataset's test images, ready to be measured.
+    """One method's answers for one dataset's test images.
 
     labels:      int (n,), or 0/1 (n, classes) for multi-label
-    probability: (n, classes); multi-label: of each label being present
-    predicted:   as labels, by arg max (over candidates) or the threshold 0.5
-    generated:   int (n,), INVALID for an answer that is none; multi-label (n, classes), a row of
-                 INVALID likewise; None for methods that do not write
+    probability: (n, classes); multi-label: that each label is present
+    predicted:   like labels, by arg max over candidates or the threshold 0.5
+    generated:   like labels, INVALID (multi-label: a row of it) for an answer that is not a
+                 candidate; None for methods that do not generate answers
     """
 
     spec: DatasetSpec
@@ -39,9 +39,8 @@ def scored(
 ) -> Scored:
     """Class probabilities and decisions from a prediction.
 
-    Class probability = softmax of the candidates' scores, summed where several answers are one
-    class; for multi-label candidates the normalised mass of the candidates that hold the label.
-    `answers`: the multi-label candidates.
+    A class's probability is the softmax over candidates, summed over the candidates of that class;
+    a label's is the sum over the label sets that contain it. answers: the multi-label candidates.
     """
     log_p = prediction.log_probability
     if spec.multi_label and answers is None:
@@ -64,7 +63,7 @@ def scored(
 def _check(
     spec: DatasetSpec, labels: np.ndarray, prediction: Prediction, answers: Candidates
 ) -> None:
-    """A prediction that does not fit its dataset is an error, never a wrong number."""
+    """Raise ValueError for a prediction that does not match its dataset."""
     widths = {"candidates": len(answers.texts)}
     if spec.multi_label:
         widths["labels"] = len(spec.classes)

@@ -1,4 +1,4 @@
-"""How many parameters a method trains, and how many an answer needs."""
+"""Counts the parameters that a method trains, and those that an answer needs."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from vitask.checkpoint import VITask
 
 
 def parameters(model: VITask | None, tsm: nn.Module, *, exemplar: bool) -> dict[str, float]:
-    """Parameters that are trained, and that an answer needs. model: None for the TSM alone."""
+    """Numbers of trained and of needed parameters. model: None for the TSM alone."""
     small = _count(tsm)
     if model is None:
         return {"parameters_trained": float(small), "parameters_total": float(small)}

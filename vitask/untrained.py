@@ -1,4 +1,4 @@
-"""VLMs of any size with random weights, for timing and for tests."""
+"""VLMs of any size with random weights, for timing and tests."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from vitask.vlm import VLM
 
 @dataclass(frozen=True)
 class Shape:
-    """A language model's size, and how many tokens an image has."""
+    """The size of a language model, and the number of tokens per image."""
 
     text: str
     hidden: int
@@ -23,7 +23,7 @@ class Shape:
 
 
 def random_vlm(shape: Shape, dtype: torch.dtype, device: str) -> VLM:
-    """A native InternVL of this size with random weights; its vision tower is never run."""
+    """A native InternVL of this size with random weights; its vision tower never runs."""
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     config = InternVLConfig(
         vision_config={
@@ -46,5 +46,5 @@ def random_vlm(shape: Shape, dtype: torch.dtype, device: str) -> VLM:
     )
     with torch.device(device):
         model = InternVLForConditionalGeneration._from_config(config, dtype=dtype)
-    processor = VLM.load("pocket").processor  # of no use here: nothing is asked in words
+    processor = VLM.load("pocket").processor  # never used, as prompts are token ids
     return VLM(model, processor, "random")

@@ -1,4 +1,4 @@
-"""Options, names and errors that all commands share."""
+"""Options, checks of names, and error handling for all commands."""
 
 import sys
 from collections.abc import Callable, Collection
@@ -20,7 +20,7 @@ Roots = Annotated[
 Datasets = Annotated[str, typer.Option(help="a,b,...; default: the recipe's.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder of all runs.")]
 Unverified = Annotated[
-    str, typer.Option(help="Official sets whose MD5 may differ, a,b,...; every row says so.")
+    str, typer.Option(help="Official sets whose MD5 may differ, a,b,...; every row is marked.")
 ]
 
 
@@ -29,7 +29,7 @@ class UnknownName(ValueError):
 
 
 def clean(command: Callable[..., None]) -> Callable[..., None]:
-    """Our own errors are printed as one line, all others with their trace."""
+    """Print our errors as one line, all others with their traceback."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -56,19 +56,19 @@ def data_folders(data_root: list[Path] | None) -> tuple[Path, ...]:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """a, b and c of "a,b,c", each once."""
+    """The names in "a,b,c", each once."""
     return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def check_known(kind: str, name: str, known: Collection[str]) -> None:
-    """UnknownName names the nearest known one."""
+    """Raise UnknownName with the nearest known name."""
     if name not in known:
         near = get_close_matches(name, known) or list(known)
         raise UnknownName(f"no {kind} {name!r}; did you mean {' or '.join(near)}?")
 
 
 def must_resolve(names: Callable[[], object]) -> None:
-    """A dataset that does not exist is a misuse of the command line."""
+    """Turn an error about an unknown dataset into UnknownName."""
     try:
         names()
     except ValueError as error:

@@ -16,17 +16,17 @@ from bench.commands.cli import (
     split_names,
 )
 
-data_app = typer.Typer(help="Fetch and check the data.", no_args_is_help=True)
+data_app = typer.Typer(help="Download and check data.", no_args_is_help=True)
 
 
 @data_app.command()
 @clean
 def download(
-    root: Annotated[Path, typer.Argument(help="Folder to put the files into.")],
+    root: Annotated[Path, typer.Argument(help="Folder for the files.")],
     datasets: Annotated[str, typer.Option(help="a,b,...; default: all 12.")] = "",
     size: Annotated[int, typer.Option(help="28, 64, 128 or 224 pixels.")] = 28,
 ) -> None:
-    """Fetch official MedMNIST files, checked against their MD5."""
+    """Download official MedMNIST files and check their MD5."""
     from vitask.data import medmnist
 
     names = split_names(datasets) or medmnist.NAMES
@@ -46,7 +46,7 @@ def check(
     size: Annotated[int, typer.Option(help="Pixels of the source images.")] = 28,
     allow_unverified: Unverified = "",
 ) -> None:
-    """Check files; report duplicates over splits and conflicting labels; exit 1 on bad files."""
+    """Check files; report duplicates across splits and conflicting labels; exit 1 on bad files."""
     from vitask.data import SOURCES, load, spec
     from vitask.data.check import duplicates
     from vitask.data.loading import present
@@ -73,8 +73,8 @@ def check(
             continue
         sizes = " / ".join(str(len(split)) for split in found.splits.values())
         note = "" if found.md5_ok else ", NOT the official file"
-        face = "PHANTOM " if found.source == "phantom" else ""
-        typer.echo(f"{face}{name}: {sizes} images, MD5 {found.md5}{note}")
+        mark = "PHANTOM " if found.source == "phantom" else ""
+        typer.echo(f"{mark}{name}: {sizes} images, MD5 {found.md5}{note}")
         for line in duplicates(found).lines():
             typer.echo(f"  {line}")
     if bad:

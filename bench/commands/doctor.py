@@ -1,4 +1,4 @@
-"""What this machine has, against what the project needs."""
+"""Compares this machine with the project's needs."""
 
 import os
 import shutil
@@ -12,14 +12,14 @@ from packaging.requirements import Requirement
 
 from bench.errors import ROOT
 
-MEMORY_GIB = 6  # that `run --all` with the embedded recipe may take
+MEMORY_GIB = 6  # enough for `run --all` with the embedded recipe
 PROJECT = "vitask"
-HUB_DISTRIBUTION = "kernels"  # our package of that name is part of the distribution "vitask"
+HUB_DISTRIBUTION = "kernels"  # our package `kernels` belongs to the distribution `vitask`
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `ok` None is neither good nor bad."""
+    """A line of the report; `ok` is None where it is neither good nor bad."""
 
     what: str
     value: str
@@ -27,12 +27,12 @@ class Finding:
 
 
 def examine(roots: Sequence[Path]) -> list[Finding]:
-    """Versions, memory, cores, accelerator, the package's name, data."""
+    """Versions, the hub package, memory, cores, disk, accelerator, pocket weights, data."""
     return [*_versions(), _hub(), *_machine(), _pocket(), *(_root(Path(root)) for root in roots)]
 
 
 def _versions() -> list[Finding]:
-    """Installed versions against the ranges of the project's own metadata."""
+    """Installed versions against the ranges in the project's metadata."""
     found = []
     try:
         needed = [Requirement(text) for text in requires(PROJECT) or []]
@@ -55,7 +55,7 @@ def _versions() -> list[Finding]:
 
 
 def _hub() -> Finding:
-    """The hub package whose name ours shares: vitask/guard.py refuses to start beside it."""
+    """The Hugging Face package `kernels`, which vitask/guard.py refuses to start beside."""
     found = _installed(HUB_DISTRIBUTION)
     if found is None:
         return Finding("hub package kernels", "not installed, as it should be", True)

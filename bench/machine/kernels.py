@@ -1,15 +1,16 @@
-"""Fused losses against what users would pick instead: milliseconds, memory, share of the limit.
+"""Fused losses against those users might pick instead: milliseconds, memory, share of the limit.
 
-Hidden rows of the response positions only; the head is frozen. `forward` runs with gradients
-wanted, as in training; `both` is forward and backward. Ours computes its gradients in the forward
-pass. `eager` makes logits for each loss, `eager_shared` once for all losses, `eager_functional`
-also each log-softmax once, with PyTorch's own losses; `compile` and `compile_functional` are the
-last two under torch.compile with static shapes. share_of_limit = time of the bare products
-(and, on CUDA, of moving the row kernels' bytes once) divided by the time of `both`; the products
-run in the same rounds. Every round takes other hidden rows and labels, the same for all.
-A loss of at most 1 GFLOP is called twice in its turn: `milliseconds` is the second call, and
-`milliseconds_cold` the first, which also pays for what others left in the caches. Those that share
-most of their code, as all eager ones do, warm them for each other.
+The rows are hidden rows of response positions, and the head is frozen. `forward` runs with
+gradients enabled, as in training; `both` is forward and backward. Ours computes its gradients in
+the forward pass. `eager` makes logits for each loss, `eager_shared` once for all losses;
+`eager_functional` also makes each log-softmax once and uses PyTorch's losses. `compile` and
+`compile_functional` are the last two under torch.compile with static shapes.
+share_of_limit is the time of the bare products (and, on CUDA, of one copy of the bytes that the row
+kernels move) divided by the time of `both`; the products run in the same rounds. Successive calls
+cycle through three sets of hidden rows and labels, the same for all implementations.
+Losses of at most 1 GFLOP run twice in each turn: `milliseconds` is the second call and
+`milliseconds_cold` the first, which meets the caches as the previous implementation left them.
+Implementations that share most of their code, as all eager ones do, warm them for each other.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +18,13 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
 import torch
 from torch import Tensor
 
-from bench.machine.peers import OPERATIONS, Inputs, Loss, peers
-from bench.machine.speed import MIB, Clock, Spread, interleaved, peak_mib
-from bench.machine.tables import Aim
+from bench.machine.peers import OPERATIONS, REFERENCE, Inputs, Loss, peers
+from bench.machine.speed import DTYPES, MIB, Clock, figure, interleaved, peak_mib
+from bench.machine.tables import Aim, check
 from bench.suite import MachineSuite, Measured
 from kernels.cpu import project
 
@@ -35,16 +36,16 @@ LARGE = {"InternVL2-2B": (2048, 92_553), "InternVL3-1B": (896, 151_674)}  # hidd
 POCKET = (128, 1088)
 CPU_TARGET = (512, 32_000)
 ROWS = (128, 512, 2048, 8192)
-SETS = 3  # of hidden rows and labels, taken in turn
-SHORT = 1e9  # FLOP of the products, up to which a loss is called twice in its turn
+SETS = 3  # sets of hidden rows and labels, used in turn
+SHORT = 1e9  # a loss whose products take at most so many FLOP runs twice in its turn
 LIGER = ("liger", "liger_one_chunk", "liger_distillation", "liger_distillation_one_chunk")
-PIECE = 2**30  # bytes that are copied at once
-WRONG = 0.1  # relative error of a loss or gradient from which an implementation is called wrong
+PIECE = 2**30  # most bytes copied at once
+WRONG = 0.1  # a relative error of loss or gradient above this marks an implementation as wrong
 
 
 def shapes(device: str) -> Iterator[tuple[torch.dtype, int, int, int]]:
-    """dtype, rows, hidden, vocabulary."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    """Yields dtype, rows, hidden, vocabulary."""
+    dtype = DTYPES[device]
     for rows in ROWS:
         yield dtype, rows, *POCKET
     if device == "cpu":
@@ -57,12 +58,10 @@ def shapes(device: str) -> Iterator[tuple[torch.dtype, int, int, int]]:
 def measure(
     device: str, note: Callable[[str], None], trace: Path | None = None
 ) -> Iterator[Measured]:
-    """All operations at all shapes; what is known so far, after each of them."""
+    """Measures all operations at all shapes; yields the results so far after each shape."""
     if trace is not None:
         raise ValueError("suite kernels writes no trace; --trace goes with the suite step")
     found, missing = peers(device)
-    if device == "cpu":
-        missing["CUDA"] = "not measured: no GPU here; `python -m bench run kernels` on one does it"
     rows: list[dict[str, Any]] = []
     notes = {"relative error of the loss and of its gradient": errors(device)}
     for dtype, count, hidden, vocab in shapes(device):
@@ -96,10 +95,9 @@ def compare(
 ) -> Iterator[dict[str, Any]]:
     """Rows of one operation at one shape; all implementations take turns with the bare limit.
 
-    One that cannot run here, out of memory or by a fault of its own, goes into `failed` with its
-    reason and stops no other; ours has to run.
+    A peer that fails goes into `failed` with its reason, and the others still run; ours must run.
     """
-    torch.compiler.reset()  # one graph for each shape: what static shapes mean
+    torch.compiler.reset()  # a graph per shape, as shapes are static
     clock = Clock(device)
     short = work(operation, sets[0])[0] <= SHORT
 
@@ -127,37 +125,31 @@ def compare(
             first = (str(error).splitlines() or [""])[0]
             failed[name] = f"{type(error).__name__}: {first[:120]}"
             del calls[name]
-    # made for each round: held between them, its memory would be missing for the others
+    # The limit's tensors are made anew each round, so the losses have their memory in between.
     calls["limit"] = turn_of(lambda: clock(*limit(operation, sets[0], device)))
-    samples = interleaved(calls)
-    products_only = samples.pop("limit")
-    passes_of_limit = len(products_only[0]) // (2 if short else 1)
-    bare = Spread.of([sum(passes[-passes_of_limit:]) for passes in products_only]).value
-    for name, rounds in samples.items():
-        both = [sum(passes[-2:]) for passes in rounds]
-        passes = {"forward": [r[-2] for r in rounds], "backward": [r[-1] for r in rounds]}
-        for which, values in (passes | {"both": both}).items():
-            spread = Spread.of(values)._asdict()
-            yield {"implementation": name, "pass": which, "quantity": "milliseconds"} | spread
-        same = {"implementation": name, "pass": "both", "low": None, "high": None}
-        share = bare / Spread.of(both).value
-        yield same | {"quantity": "share_of_limit", "value": share}
+    samples = {name: np.array(rounds) for name, rounds in interleaved(calls).items()}
+    bare = samples.pop("limit")
+    limit_ms = np.median(bare[:, bare.shape[1] // 2 if short else 0 :].sum(axis=1))
+    for name, passes in samples.items():
+        both = passes[:, -2:].sum(axis=1)
+        times = {"forward": passes[:, -2], "backward": passes[:, -1], "both": both}
+        figures = [(which, figure("milliseconds", values)) for which, values in times.items()]
+        figures.append(("both", figure("share_of_limit", limit_ms / np.median(both))))
         if short:
-            cold = Spread.of([sum(passes[:2]) for passes in rounds])._asdict()
-            yield same | {"quantity": "milliseconds_cold"} | cold
-        call = calls[name]
-        yield same | {"quantity": "peak_mib", "value": peak_mib(call, device)}
+            figures.append(("both", figure("milliseconds_cold", passes[:, :2].sum(axis=1))))
+        figures.append(("both", figure("peak_mib", peak_mib(calls[name], device))))
+        yield from ({"implementation": name, "pass": which} | row for which, row in figures)
 
 
 def products(operation: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Of hidden rows and head: how many the loss needs, forward and backward."""
-    # In float32 the logits of CRT are those of the hidden difference.
+    """How many products of hidden rows and head the loss needs, forward and backward."""
+    # In float32 one product of the hidden difference gives the logits of CRT.
     crt = (1, 1) if dtype == torch.float32 else (2, 2)
     return {"cross_entropy": (1, 1), "rda": (2, 1), "crt": crt, "vitask": (3, 3)}[operation]
 
 
 def work(operation: str, inputs: Inputs) -> tuple[float, float]:
-    """FLOPs of the products, and bytes that the row kernels move: two reads, one write."""
+    """FLOP of the products, and bytes that the row kernels move: two reads, one write."""
     rows, hidden = inputs.hidden.shape
     vocab = len(inputs.weight)
     forward, backward = products(operation, inputs.weight.dtype)
@@ -167,11 +159,11 @@ def work(operation: str, inputs: Inputs) -> tuple[float, float]:
 
 
 def limit(operation: str, inputs: Inputs, device: str) -> list[Callable[[], object]]:
-    """The products alone, and on CUDA a copy that moves as many bytes as the row kernels."""
+    """The bare products, and on CUDA a copy that moves as many bytes as the row kernels."""
     rows, vocab = len(inputs.hidden), len(inputs.weight)
     forward, backward = products(operation, inputs.weight.dtype)
     x = torch.cat([*inputs[:forward]]).detach()
-    padded = -(-vocab // 64) * 64  # rows of odd length would leave the fast products
+    padded = -(-vocab // 64) * 64  # rows of odd length would miss the fast products
     gradient = torch.randn(backward * rows, padded, device=device).to(x.dtype)[:, :vocab]
     logits = torch.empty(forward * rows, padded, device=device)[:, :vocab]
     steps: list[Callable[[], object]] = [
@@ -183,7 +175,7 @@ def limit(operation: str, inputs: Inputs, device: str) -> list[Callable[[], obje
         lambda: gradient @ inputs.weight,
     ]
     if device == "cuda":
-        # Half of the bytes are read and half written, in pieces: memory is for the losses.
+        # A copy reads half of the bytes and writes half; pieces leave the memory to the losses.
         bytes_copied = int(work(operation, inputs)[1] // 2)
         piece = torch.empty(min(bytes_copied, PIECE), dtype=torch.int8, device=device)
         target = torch.empty_like(piece)
@@ -193,15 +185,10 @@ def limit(operation: str, inputs: Inputs, device: str) -> list[Callable[[], obje
 
 
 def errors(device: str) -> dict[str, str]:
-    """Of every implementation against float64, at a small shape in the dtype that is timed."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    inputs = Inputs.random(64, 128, 1000, dtype, device)
-    exact = inputs._replace(
-        hidden=inputs.hidden.detach().double().requires_grad_(),
-        exemplar=inputs.exemplar.detach().double().requires_grad_(),
-        negative=inputs.negative.detach().double().requires_grad_(),
-        weight=inputs.weight.double(),
-    )
+    """Every implementation's errors against float64, at a small shape in the timed dtype."""
+    inputs = Inputs.random(64, 128, 1000, DTYPES[device], device)
+    branches = (branch.detach().double().requires_grad_() for branch in inputs[:3])
+    exact = Inputs._make([*branches, inputs.weight.double(), inputs.labels])
     found, _ = peers(device)
     said = {}
     for name, peer in found.items():
@@ -209,34 +196,18 @@ def errors(device: str) -> dict[str, str]:
         for operation, loss in peer.items():
             try:
                 value, gradient = _with_gradient(loss, inputs)
-            except Exception as error:  # whatever a peer raises; ours has to run
+            except Exception as error:  # peers raise anything; ours must run
                 if name == "ours":
                     raise
                 parts.append(f"{operation} {type(error).__name__}")
                 continue
-            truth, true_gradient = _with_gradient(_truth(operation), exact)
+            truth, true_gradient = _with_gradient(REFERENCE[operation], exact)
             wrong = float((value.double() - truth).abs() / truth.abs())
             off = float((gradient.double() - true_gradient).norm() / true_gradient.norm())
             mark = " WRONG" if max(wrong, off) > WRONG else ""
             parts.append(f"{operation} {wrong:.1e} and {off:.1e}{mark}")
         said[name] = "; ".join(parts)
     return said
-
-
-def _truth(operation: str) -> Loss:
-    """The reference in the dtype of its inputs."""
-    from kernels import linear_cross_entropy, linear_crt, linear_rda, linear_vitask
-
-    chosen: dict[str, Any] = {"implementation": "reference"}
-    return {
-        "cross_entropy": lambda x: linear_cross_entropy(x.hidden, x.weight, x.labels, **chosen),
-        "rda": lambda x: linear_rda(x.hidden, x.exemplar, x.weight, x.labels, **chosen),
-        "crt": lambda x: linear_crt(x.hidden, x.negative, x.weight, x.labels, **chosen),
-        "vitask": lambda x: linear_vitask(
-            x.hidden, x.weight, x.labels,
-            exemplar_hidden=x.exemplar, negative_hidden=x.negative, **chosen,
-        ).total,
-    }[operation]  # fmt: skip
 
 
 def _with_gradient(loss: Loss, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -246,40 +217,31 @@ def _with_gradient(loss: Loss, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def targets(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool | None]]:
-    """Aims of the joint loss, and results."""
-    same = {"operation": "vitask", "pass": "both"}
-    cpu = same | {"device": "cpu"} | dict(zip(("hidden", "vocab"), CPU_TARGET, strict=True))
+    """Aims for the joint loss, with their results."""
+    joint = {"operation": "vitask", "pass": "both"}
+    eager, compiled = ("eager_shared",), ("compile",)
+    memory = "of the peak memory of eager_shared"
+    cpu = joint | {"device": "cpu"} | dict(zip(("hidden", "vocab"), CPU_TARGET, strict=True))
     where = "on a CPU, 512 × 512 × 32,000"
     aims = [
-        Aim(f"{text} {where}", "ours", (name,), aim, cpu)
-        for text, name, aim in (
-            ("1.5 × eager_shared", "eager_shared", 1.5),
-            ("1.2 × compile", "compile", 1.2),
-            ("no target: eager_functional", "eager_functional", 1.0),
-            ("no target: compile_functional", "compile_functional", 1.0),
-        )
+        Aim(f"1.5 × eager_shared {where}", "ours", eager, 1.5, cpu),
+        Aim(f"1.2 × compile {where}", "ours", compiled, 1.2, cpu),
+        Aim(f"no target: eager_functional {where}", "ours", ("eager_functional",), 1.0, cpu),
+        Aim(f"no target: compile_functional {where}", "ours", ("compile_functional",), 1.0, cpu),
+        Aim(f"0.2 {memory} {where}", "ours", eager, 0.2, cpu, "peak_mib", most=True),
     ]
-    memory = "of the peak memory of eager_shared"
-    eager = ("eager_shared",)
-    aims.append(Aim(f"0.2 {memory} {where}", "ours", eager, 0.2, cpu, "peak_mib", most=True))
     for (name, (hidden, vocab)), aim in zip(LARGE.items(), (1.8, 2.5), strict=True):
-        gpu = same | {"device": "cuda", "hidden": hidden, "vocab": vocab}
+        gpu = joint | {"device": "cuda", "hidden": hidden, "vocab": vocab}
         where = f"on a GPU, {name}, 512 rows or more"
+        share = f"0.8 of the limit on a GPU, {name}, 2048 rows or more"
         aims += [
             Aim(f"{aim} × eager_shared {where}", "ours", eager, aim, gpu, least_rows=512),
-            Aim(f"1.2 × compile {where}", "ours", ("compile",), 1.2, gpu, least_rows=512),
+            Aim(f"1.2 × compile {where}", "ours", compiled, 1.2, gpu, least_rows=512),
             Aim(f"1.3 × the best of Liger {where}", "ours", LIGER, 1.3, gpu, least_rows=512),
-            Aim(
-                f"0.3 {memory} {where}", "ours", eager, 0.3, gpu, "peak_mib",
-                most=True, least_rows=512,
-            ),
-            Aim(
-                f"0.8 of the limit on a GPU, {name}, 2048 rows or more", "ours", (), 0.8, gpu,
-                "share_of_limit", least_rows=2048,
-            ),
-        ]  # fmt: skip
-    frame = pd.DataFrame(rows)
-    return [aim.check(frame, "implementation", "rows") for aim in aims]
+            Aim(f"0.3 {memory} {where}", "ours", eager, 0.3, gpu, "peak_mib", True, 512),
+            Aim(share, "ours", (), 0.8, gpu, "share_of_limit", least_rows=2048),
+        ]
+    return check(aims, rows, "implementation", "rows")
 
 
 SUITE = MachineSuite(COLUMNS, __doc__ or "", measure)

@@ -1,15 +1,15 @@
-"""The losses by every implementation that a user might pick instead, each at its best.
+"""The losses in every implementation that a user might pick, each at its best.
 
-Names of operations: cross_entropy, rda, crt, and vitask = Van + EP + RDA + CRT. The head is
-frozen, as in tuning: gradients go to the hidden rows alone. What is not installed, or cannot run
-on this device, is named as missing with its reason.
+Operations: cross_entropy, rda, crt, and vitask = Van + EP + RDA + CRT. As in tuning, the head is
+frozen and only the hidden rows get gradients. `peers` also names the implementations that this
+machine lacks, with the reason.
 """
 
 import importlib.util
 import shutil
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from kernels import (
 )
 
 OPERATIONS = ("cross_entropy", "rda", "crt", "vitask")
+LIGER = "liger_kernel"
 
 
 class Inputs(NamedTuple):
@@ -42,47 +43,35 @@ class Inputs(NamedTuple):
     def random(
         cls, rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: str, seed: int = 0
     ) -> "Inputs":
-        """Logits of unit variance."""
+        """Inputs with logits of unit variance."""
         generator = torch.Generator(device).manual_seed(seed)
         head = torch.randn(vocab, hidden, generator=generator, device=device) / hidden**0.5
-        return cls.over(head.to(dtype), rows, dtype, device, seed)
+        return cls.over(head.to(dtype), rows, seed)
 
     @classmethod
-    def over(
-        cls, weight: Tensor, rows: int, dtype: torch.dtype, device: str, seed: int
-    ) -> "Inputs":
-        """Over a head of one's own; branches that differ as those of one model do."""
-        generator = torch.Generator(device).manual_seed(seed)
-        hidden = weight.shape[1]
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device)
-
-        base = normal(rows, hidden)
-        branches = (base, base + 0.3 * normal(rows, hidden), base + 0.5 * normal(rows, hidden))
-        # Copies: in float32 `to` would give back the base, and the others would hang on its graph.
-        own, exemplar, negative = (b.to(dtype, copy=True).requires_grad_() for b in branches)
-        return cls(
-            hidden=own,
-            exemplar=exemplar,
-            negative=negative,
-            weight=weight,
-            labels=torch.randint(len(weight), (rows,), generator=generator, device=device),
-        )
+    def over(cls, weight: Tensor, rows: int, seed: int) -> "Inputs":
+        """Inputs for a given head. The branches differ by about as much as a model's do."""
+        generator = torch.Generator(weight.device).manual_seed(seed)
+        options: dict[str, Any] = {"generator": generator, "device": weight.device}
+        base, exemplar, negative = (torch.randn(rows, weight.shape[1], **options) for _ in range(3))
+        branches = (base, base + 0.3 * exemplar, base + 0.5 * negative)
+        # Without copy, `to` returns the base itself in float32 and the others join its graph.
+        leaves = (branch.to(weight.dtype, copy=True).requires_grad_() for branch in branches)
+        labels = torch.randint(len(weight), (rows,), **options)
+        return cls._make([*leaves, weight, labels])
 
     def redrawn(self, count: int) -> "list[Inputs]":
-        """It, and others over the same head: hidden rows and labels by seeds of their own."""
-        rows, dtype, device = len(self.hidden), self.hidden.dtype, self.hidden.device.type
-        others = (Inputs.over(self.weight, rows, dtype, device, seed) for seed in range(1, count))
-        return [self, *others]
+        """These inputs, then others for the same head with new hidden rows and labels."""
+        rows = len(self.hidden)
+        return [self, *(Inputs.over(self.weight, rows, seed) for seed in range(1, count))]
 
 
 Loss = Callable[[Inputs], Tensor]
-Peer = dict[str, Loss]  # operation -> loss; operations that it cannot do are left out
+Peer = dict[str, Loss]  # operation -> loss; unsupported operations are left out
 
 
 def peers(device: str) -> tuple[dict[str, Peer], dict[str, str]]:
-    """Implementations by name, and those that are missing here with the reason."""
+    """Implementations by name, and the missing ones with the reason."""
     found: dict[str, Peer] = {
         "ours": OURS,
         "eager": EAGER,
@@ -100,14 +89,10 @@ def peers(device: str) -> tuple[dict[str, Peer], dict[str, str]]:
     else:
         missing["torch_linear_cross_entropy"] = f"not in torch {torch.__version__}"
     for name, package, make in (
-        ("liger", "liger_kernel", _liger),
-        ("liger_one_chunk", "liger_kernel", partial(_liger, one_chunk=True)),
-        ("liger_distillation", "liger_kernel", _liger_distillation),
-        (
-            "liger_distillation_one_chunk",
-            "liger_kernel",
-            partial(_liger_distillation, one_chunk=True),
-        ),
+        ("liger", LIGER, _liger),
+        ("liger_one_chunk", LIGER, partial(_liger, one_chunk=True)),
+        ("liger_distillation", LIGER, _liger_distillation),
+        ("liger_distillation_one_chunk", LIGER, partial(_liger_distillation, one_chunk=True)),
         ("cce", "cut_cross_entropy", _cut_cross_entropy),
     ):
         if importlib.util.find_spec(package) is None:
@@ -119,46 +104,39 @@ def peers(device: str) -> tuple[dict[str, Peer], dict[str, str]]:
     return found, missing
 
 
+def _ours(**options: Any) -> Peer:
+    return {
+        "cross_entropy": lambda x: linear_cross_entropy(x.hidden, x.weight, x.labels, **options),
+        "rda": lambda x: linear_rda(x.hidden, x.exemplar, x.weight, x.labels, **options),
+        "crt": lambda x: linear_crt(x.hidden, x.negative, x.weight, x.labels, **options),
+        "vitask": lambda x: linear_vitask(
+            x.hidden, x.weight, x.labels,
+            exemplar_hidden=x.exemplar, negative_hidden=x.negative, **options,
+        ).total,
+    }  # fmt: skip
+
+
+OURS, REFERENCE = _ours(), _ours(implementation="reference")
+
+
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """As eager code makes them: a product in the inputs' dtype, float32 from there on."""
+    """Logits as eager code makes them: a product in the inputs' dtype, then float32."""
     return (hidden @ weight.T).float()
 
 
-OURS: Peer = {
-    "cross_entropy": lambda x: linear_cross_entropy(x.hidden, x.weight, x.labels),
-    "rda": lambda x: linear_rda(x.hidden, x.exemplar, x.weight, x.labels),
-    "crt": lambda x: linear_crt(x.hidden, x.negative, x.weight, x.labels),
-    "vitask": lambda x: (
-        linear_vitask(
-            x.hidden, x.weight, x.labels, exemplar_hidden=x.exemplar, negative_hidden=x.negative
-        ).total
-    ),
-}
-
-
-def _eager_rda(x: Inputs) -> Tensor:
-    with torch.no_grad():
-        teacher = _logits(x.exemplar, x.weight)
-    return rda_loss(_logits(x.hidden, x.weight), teacher, x.labels)
-
-
-def _eager_crt(x: Inputs) -> Tensor:
-    return crt_loss(_logits(x.hidden, x.weight), _logits(x.negative, x.weight), x.labels)
-
-
-def _eager_cross_entropy(x: Inputs) -> Tensor:
-    return response_loss(_logits(x.hidden, x.weight), x.labels)
+def _log_p(hidden: Tensor, weight: Tensor) -> Tensor:
+    return _logits(hidden, weight).log_softmax(-1)
 
 
 def _eager_vitask(x: Inputs) -> Tensor:
-    """Every loss makes the logits that it needs: what separate functions cost."""
+    """Each loss makes the logits that it needs, as separate functions do."""
     exemplar = response_loss(_logits(x.exemplar, x.weight), x.labels)
-    return _eager_cross_entropy(x) + exemplar + _eager_rda(x) + _eager_crt(x)
+    return EAGER["cross_entropy"](x) + exemplar + EAGER["rda"](x) + EAGER["crt"](x)
 
 
 def _shared_vitask(x: Inputs) -> Tensor:
-    """Logits of each branch once, for all losses."""
-    a, b, n = (_logits(h, x.weight) for h in (x.hidden, x.exemplar, x.negative))
+    """All losses share the logits of each branch."""
+    a, b, n = (_logits(hidden, x.weight) for hidden in x[:3])
     return (
         response_loss(a, x.labels)
         + response_loss(b, x.labels)
@@ -168,9 +146,11 @@ def _shared_vitask(x: Inputs) -> Tensor:
 
 
 EAGER: Peer = {
-    "cross_entropy": _eager_cross_entropy,
-    "rda": _eager_rda,
-    "crt": _eager_crt,
+    "cross_entropy": lambda x: response_loss(_logits(x.hidden, x.weight), x.labels),
+    "rda": lambda x: rda_loss(
+        _logits(x.hidden, x.weight), _logits(x.exemplar.detach(), x.weight), x.labels
+    ),
+    "crt": lambda x: crt_loss(_logits(x.hidden, x.weight), _logits(x.negative, x.weight), x.labels),
     "vitask": _eager_vitask,
 }
 EAGER_SHARED: Peer = EAGER | {"vitask": _shared_vitask}
@@ -180,37 +160,30 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
-def _functional_rda(x: Inputs) -> Tensor:
-    with torch.no_grad():
-        log_q = _logits(x.exemplar, x.weight).log_softmax(-1)
-    return _kl(_logits(x.hidden, x.weight).log_softmax(-1), log_q)
-
-
 def _difference(x: Inputs) -> Tensor:
-    """Logits of CRT. The head has no bias, so those of the hidden difference are the same, for
-    half the products; of 16-bit rows the difference would be rounded to 16 bits."""
+    """Logits of CRT.
+
+    The head has no bias, so in float32 one product of the hidden difference gives them. In 16 bits
+    that difference would be rounded.
+    """
     if x.hidden.dtype == torch.float32:
         return _logits(x.hidden - x.negative, x.weight)
     return _logits(x.hidden, x.weight) - _logits(x.negative, x.weight)
 
 
-def _functional_crt(x: Inputs) -> Tensor:
-    return functional.cross_entropy(_difference(x), x.labels)
-
-
 def _functional_vitask(x: Inputs) -> Tensor:
-    """Logits and log-softmaxes of each branch once."""
-    a, b, n = (_logits(h, x.weight) for h in (x.hidden, x.exemplar, x.negative))
+    """All losses share the logits and log-softmaxes of each branch."""
+    a, b, n = (_logits(hidden, x.weight) for hidden in x[:3])
     log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
-    answers = functional.nll_loss(log_p, x.labels) + functional.nll_loss(log_q, x.labels)
-    return answers + _kl(log_p, log_q.detach()) + functional.cross_entropy(a - n, x.labels)
+    responses = functional.nll_loss(log_p, x.labels) + functional.nll_loss(log_q, x.labels)
+    return responses + _kl(log_p, log_q.detach()) + functional.cross_entropy(a - n, x.labels)
 
 
-# PyTorch's own losses; they count no ignored rows for the KL, so there are none here.
+# PyTorch's losses. Its KL would count ignored rows, so the inputs have none.
 FUNCTIONAL: Peer = {
     "cross_entropy": lambda x: functional.cross_entropy(_logits(x.hidden, x.weight), x.labels),
-    "rda": _functional_rda,
-    "crt": _functional_crt,
+    "rda": lambda x: _kl(_log_p(x.hidden, x.weight), _log_p(x.exemplar.detach(), x.weight)),
+    "crt": lambda x: functional.cross_entropy(_difference(x), x.labels),
     "vitask": _functional_vitask,
 }
 
@@ -220,46 +193,44 @@ def _compiled(loss: Loss) -> Loss:
     return lambda x: compiled(*x)
 
 
-def _torch_linear() -> Peer:
-    """torch's own chunked cross-entropy; CRT through the hidden difference (one bias-free head)."""
-    options = torch.nn.LinearCrossEntropyOptions()
+CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden rows, head, labels -> loss
 
-    def cross_entropy(hidden: Tensor, x: Inputs) -> Tensor:
-        return functional.linear_cross_entropy(
-            hidden, x.weight, x.labels, ignore_index=IGNORE_INDEX, options=options
-        )
 
+def _from(cross_entropy: CrossEntropy) -> Peer:
+    """The two operations of a fused cross-entropy; CRT takes the hidden difference."""
     return {
-        "cross_entropy": lambda x: cross_entropy(x.hidden, x),
-        "crt": lambda x: cross_entropy(x.hidden - x.negative, x),
+        "cross_entropy": lambda x: cross_entropy(x.hidden, x.weight, x.labels),
+        "crt": lambda x: cross_entropy(x.hidden - x.negative, x.weight, x.labels),
     }
 
 
+def _torch_linear() -> Peer:
+    """PyTorch's chunked cross-entropy."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return _from(
+        partial(functional.linear_cross_entropy, ignore_index=IGNORE_INDEX, options=options)
+    )
+
+
 def _liger(*, one_chunk: bool = False) -> Peer:
-    """Liger's fused cross-entropy and JSD; `one_chunk`: its chunking switched off."""
+    """Liger's fused cross-entropy and JSD; `one_chunk` switches its chunking off."""
     from liger_kernel.transformers import LigerFusedLinearJSD, LigerJSD
 
     jsd, plain_jsd = LigerFusedLinearJSD(jsd_beta=1.0), LigerJSD(beta=1.0)
     cross_entropy = _liger_cross_entropy(one_chunk)
+    peer = _from(cross_entropy)
 
     def rda(x: Inputs) -> Tensor:
         if not one_chunk:
             return jsd(x.hidden, x.weight, x.exemplar.detach(), x.weight, x.labels)
-        with torch.no_grad():
-            teacher = _logits(x.exemplar, x.weight).log_softmax(-1)
-        return plain_jsd(_logits(x.hidden, x.weight).log_softmax(-1), teacher, x.labels)
+        teacher = _log_p(x.exemplar.detach(), x.weight)
+        return plain_jsd(_log_p(x.hidden, x.weight), teacher, x.labels)
 
-    def crt(x: Inputs) -> Tensor:
-        return cross_entropy(x.hidden - x.negative, x)
+    def vitask(x: Inputs) -> Tensor:
+        van = peer["cross_entropy"](x)
+        return van + cross_entropy(x.exemplar, x.weight, x.labels) + rda(x) + peer["crt"](x)
 
-    return {
-        "cross_entropy": lambda x: cross_entropy(x.hidden, x),
-        "rda": rda,
-        "crt": crt,
-        "vitask": lambda x: (
-            cross_entropy(x.hidden, x) + cross_entropy(x.exemplar, x) + rda(x) + crt(x)
-        ),
-    }
+    return peer | {"rda": rda, "vitask": vitask}
 
 
 def _liger_distillation(*, one_chunk: bool = False) -> Peer:
@@ -275,30 +246,26 @@ def _liger_distillation(*, one_chunk: bool = False) -> Peer:
         )
         return (
             distil(x.hidden, x.weight, x.exemplar.detach(), x.weight, x.labels)
-            + cross_entropy(x.exemplar, x)
-            + cross_entropy(x.hidden - x.negative, x)
+            + cross_entropy(x.exemplar, x.weight, x.labels)
+            + cross_entropy(x.hidden - x.negative, x.weight, x.labels)
         )
 
     return {"vitask": vitask}
 
 
-def _liger_cross_entropy(one_chunk: bool) -> Callable[[Tensor, Inputs], Tensor]:
+def _liger_cross_entropy(one_chunk: bool) -> CrossEntropy:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    def cross_entropy(hidden: Tensor, x: Inputs) -> Tensor:
-        vocab, width = x.weight.shape
+    def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        vocab, width = weight.shape
         chunks = {"chunk_mem_const": -(-vocab // width)} if one_chunk else {}
-        return liger_fused_linear_cross_entropy(hidden, x.weight, x.labels, **chunks)
+        return liger_fused_linear_cross_entropy(hidden, weight, labels, **chunks)
 
     return cross_entropy
 
 
 def _cut_cross_entropy() -> Peer:
-    """Exact: without the default's filter on small gradients."""
+    """Exact: without the default filter on small gradients."""
     from cut_cross_entropy import linear_cross_entropy as cce
 
-    exact = partial(cce, impl="cce", filter_eps=None)
-    return {
-        "cross_entropy": lambda x: exact(x.hidden, x.weight, x.labels),
-        "crt": lambda x: exact(x.hidden - x.negative, x.weight, x.labels),
-    }
+    return _from(partial(cce, impl="cce", filter_eps=None))

@@ -1,22 +1,20 @@
-"""Measuring speed and memory: variants side by side in one process, ratios within one run.
+"""Times and peak memory of variants that run side by side in one process.
 
-Milliseconds: median, 20 % and 80 % quantile over rounds in which all variants take turns, so that
-a machine that warms up or is busy for a while treats them alike. On CUDA between events on the
-stream, with the caches flushed before each; on the CPU wall-clock.
-Memory: the largest sum of what was allocated and not yet freed during one call, beyond what was
-there before: by CUDA's own counter, on the CPU by the profiler's allocation events. Of work that
-takes too long for a profiler: by the system's counter of the process.
+Milliseconds: median with the 20 % and 80 % quantiles over rounds. Each round runs every variant
+once, so a machine that is warming up or busy slows all of them alike. On CUDA, events on the
+stream, after a flush of the caches; on the CPU, wall-clock time.
+Memory: the most that one call allocates at once, beyond the memory allocated before it: by CUDA's
+counter, or on the CPU by the profiler's allocation events.
 """
 
 import gc
 import platform
 import re
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +22,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.runs.memory import MIB
 
-FLUSHED = 256 * MIB  # bytes written before a measurement on CUDA: more than any L2 cache
+FLUSHED = 256 * MIB  # bytes written before each measurement on CUDA; more than any L2 cache holds
 ROUNDS = (5, 30)  # at least, at most
-BUDGET_SECONDS = 6.0  # of all variants of one comparison, once the least rounds are done
+BUDGET_SECONDS = 6.0  # for all rounds of one comparison; the least rounds may exceed it
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
-Call = Callable[[], list[float]]  # runs once; milliseconds of its passes
+Call = Callable[[], list[float]]  # runs a variant once and returns the milliseconds of its passes
 
 
 class Spread(NamedTuple):
@@ -39,27 +38,32 @@ class Spread(NamedTuple):
     high: float
 
     @classmethod
-    def of(cls, samples: list[float]) -> "Spread":
-        low, high = np.quantile(samples, [0.2, 0.8])
-        return cls(statistics.median(samples), float(low), float(high))
+    def of(cls, samples: Sequence[float] | np.ndarray) -> "Spread":
+        return cls(float(np.median(samples)), *map(float, np.quantile(samples, [0.2, 0.8])))
+
+
+def figure(quantity: str, found: float | np.ndarray) -> dict[str, Any]:
+    """The columns quantity, value, low and high, from one value or from samples."""
+    if isinstance(found, np.ndarray):
+        return {"quantity": quantity} | Spread.of(found)._asdict()
+    return {"quantity": quantity, "value": found, "low": None, "high": None}
 
 
 class Clock:
     """Times the passes of one call on a device."""
 
     def __init__(self, device: str) -> None:
-        self._cuda = device == "cuda"
-        self._flush = torch.empty(FLUSHED, dtype=torch.int8, device=device) if self._cuda else None
+        cuda = device == "cuda"
+        self._flush = torch.empty(FLUSHED, dtype=torch.int8, device=device) if cuda else None
 
     def __call__(self, *passes: Callable[[], object]) -> list[float]:
-        """Milliseconds of each pass; they run one after the other."""
-        if not self._cuda:
+        """Run the passes in order; returns the milliseconds of each."""
+        if self._flush is None:
             marks = [time.perf_counter()]
             for one in passes:
                 one()
                 marks.append(time.perf_counter())
             return [1e3 * (b - a) for a, b in pairwise(marks)]
-        assert self._flush is not None
         self._flush.zero_()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(passes) + 1)]
         events[0].record()
@@ -76,10 +80,7 @@ def interleaved(
     rounds: tuple[int, int] = ROUNDS,
     budget_seconds: float = BUDGET_SECONDS,
 ) -> dict[str, list[list[float]]]:
-    """Each variant's milliseconds, one list a round; a round runs every variant once.
-
-    One more round at first is for warming up and is not kept.
-    """
+    """Each variant's milliseconds, a list per round, after one round to warm up."""
     found: dict[str, list[list[float]]] = {name: [] for name in variants}
     for call in variants.values():
         call()
@@ -94,7 +95,7 @@ def interleaved(
 
 
 def peak_mib(call: Callable[[], object], device: str) -> float:
-    """Largest memory that one call holds beyond what was held before it."""
+    """The most memory that one call allocates at once, beyond the memory allocated before it."""
     call()
     gc.collect()
     if device == "cuda":
@@ -116,13 +117,12 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     place = Path("/proc/cpuinfo")
-    found = (
-        re.search(r"^model name\s*:\s*(.+)$", place.read_text(), re.M) if place.exists() else None
-    )
+    text = place.read_text() if place.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
     name = found[1].strip() if found else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
 
 def slug(name: str) -> str:
-    """A name as part of a file's name."""
+    """A name that fits into a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

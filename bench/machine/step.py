@@ -1,28 +1,31 @@
 """A training step and the scoring of all classes: one forward for all branches against three.
 
-Steps are forward and backward with LoRA, image features kept, every image 256 tokens (pocket: its
-own 16), 40 tokens of instruction, 8 of response; every row has an exemplar and a negative.
-vanilla: our own engine, response-only logits, Van alone. naive: three stock forwards, logits at
-all positions, losses in eager PyTorch. three_forwards: logits at the response only, fused losses.
-shared_stage1, shared_stage2: the default, one forward for all branches; on CUDA also with
-FlexAttention (shared_stage2_flex) in the place of SDPA with a dense mask.
-Scores are of 11 classes for every image. score_batch1: a stock forward per image and class with
-logits everywhere. score_batched: a forward per class, response-only. score_trie: one for all.
-ratio_to_vanilla is the median over rounds of a variant's time by vanilla's in the same round;
-tokens are those that the language model reads.
+A step is forward and backward with LoRA on precomputed image features. An image has 256 tokens
+(pocket: 16), the instruction 40, the response 8; every row has an exemplar and a negative.
+vanilla: this project's engine with response-only logits and Van alone. naive: three stock
+forwards, logits at all positions, losses in eager PyTorch. three_forwards: response-only logits,
+fused losses. shared_stage1, shared_stage2: the default, one forward for all branches;
+shared_stage2_flex, on CUDA: with FlexAttention instead of SDPA with a dense mask.
+Scoring takes 11 classes per image. score_batch1: a stock forward per image and class, logits at
+all positions. score_batched: a forward per class, response-only. score_trie: one forward for all
+classes.
+ratio_to_vanilla is the median over rounds of a variant's time divided by vanilla's in the same
+round; tokens counts those that the language model reads.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.machine.speed import Clock, Spread, interleaved, peak_mib
-from bench.machine.tables import Aim
+from bench.machine.speed import DTYPES, Clock, figure, interleaved, peak_mib
+from bench.machine.tables import Aim, check
 from bench.suite import MachineSuite, Measured
 from kernels import IGNORE_INDEX, crt_loss, rda_loss, response_loss
 from vitask.branches import (
@@ -46,7 +49,6 @@ BEFORE, INSTRUCTION, RESPONSE, CLASSES = 4, 40, 8, 11  # tokens; classes
 FEATURES = 192  # of the TSM
 STAGE_1, STAGE_2 = Weights(1.0, 0.0), Weights(1.0, 1.0)
 
-
 SHAPES = {
     "pocket": Shape("qwen2", 128, 384, 4, 4, 2, 1088, image_tokens=16),
     "mid": Shape("qwen2", 512, 1536, 8, 8, 4, 32_000),
@@ -62,27 +64,24 @@ ON = {"cpu": (("pocket", 16), ("mid", 8)), "cuda": (
 def measure(
     device: str, note: Callable[[str], None], trace: Path | None = None
 ) -> Iterator[Measured]:
-    """All variants at all shapes, what is known so far after each of them.
+    """Measures all variants at all shapes; yields the results so far after each shape.
 
     trace: file for a profile of the last shape's stage-2 step
     """
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = DTYPES[device]
     rows: list[dict[str, Any]] = []
     notes: dict[str, Any] = {}
-    missing = {}
-    if device == "cpu":
-        missing["CUDA"] = "not measured: no GPU here; `python -m bench run step` on one does it"
     for name, batch in ON[device]:
         note(f"step: {name}, batch {batch}")
         bench = Bench(SHAPES[name], batch, dtype, device)
         same = {"device": device, "dtype": str(dtype).removeprefix("torch."), "shape": name}
         rows += [same | {"batch": batch} | row for row in bench.rows()]
-        notes[f"where shared_stage2 goes, {name}, batch {batch}"] = bench.profile(trace)
-        yield Measured(rows, missing, targets(rows), notes)
+        notes[f"operations of shared_stage2, {name}, batch {batch}"] = bench.profile(trace)
+        yield Measured(rows, {}, targets(rows), notes)
 
 
 class Bench:
-    """One model with random weights, one batch, and the variants of its step."""
+    """A model with random weights, a batch, and the variants of its step."""
 
     def __init__(self, shape: Shape, batch: int, dtype: torch.dtype, device: str) -> None:
         torch.manual_seed(0)
@@ -95,7 +94,7 @@ class Bench:
             if p.requires_grad
         ]  # fmt: skip
         prompt = Prompt(before=self._ids(BEFORE), after=self._ids(INSTRUCTION))
-        self.samples = BatchInputs(
+        self.inputs = BatchInputs(
             prompts=[prompt] * batch,
             responses=[self._ids(RESPONSE) for _ in range(batch)],
             image=torch.randn(batch, shape.image_tokens, shape.hidden, device=device).to(dtype),
@@ -110,14 +109,14 @@ class Bench:
     # Variants
 
     def variants(self) -> dict[str, Callable[[], object]]:
-        stage_1 = self.samples._replace(negative=None)
+        stage_1 = self.inputs._replace(negative=None)
         alone = stage_1._replace(exemplar=None)
         variants = {
             "vanilla": lambda: self._step(three_forwards, alone, STAGE_1),
             "naive": self._naive,
-            "three_forwards": lambda: self._step(three_forwards, self.samples, STAGE_2),
+            "three_forwards": lambda: self._step(three_forwards, self.inputs, STAGE_2),
             "shared_stage1": lambda: self._step(shared_forward, stage_1, STAGE_1),
-            "shared_stage2": lambda: self._step(shared_forward, self.samples, STAGE_2),
+            "shared_stage2": lambda: self._step(shared_forward, self.inputs, STAGE_2),
             "score_batch1": self._score_batch1,
             "score_batched": self._score_batched,
             "score_trie": self._score_trie,
@@ -127,8 +126,8 @@ class Bench:
         return variants
 
     def tokens(self) -> dict[str, int]:
-        """Tokens that the language model reads in each variant."""
-        image, prompt = self.samples.image.shape[1] + BEFORE, INSTRUCTION + RESPONSE - 1
+        """How many tokens the language model reads in each variant."""
+        image, prompt = self.inputs.image.shape[1] + BEFORE, INSTRUCTION + RESPONSE - 1
         three = 3 * (image + prompt) + 1
         stage_1 = image + 2 * prompt + 1
         nodes = len(Trie(self.classes).token) - 1
@@ -146,15 +145,15 @@ class Bench:
         return {name: count * self.batch for name, count in per_image.items()}
 
     def _step(
-        self, forward: Callable[..., BranchRows], samples: BatchInputs, weights: Weights
+        self, forward: Callable[..., BranchRows], inputs: BatchInputs, weights: Weights
     ) -> None:
-        rows = forward(self.vlm, self.connector, samples, "cls")
+        rows = forward(self.vlm, self.connector, inputs, "cls")
         self._backward(joint_loss(self.vlm, rows, weights, detach_exemplar=True).total)
 
     def _flex(self) -> None:
         config = self.vlm.model.config.text_config
         config._attn_implementation = "flex_attention"
-        self._step(shared_forward, self.samples, STAGE_2)
+        self._step(shared_forward, self.inputs, STAGE_2)
         config._attn_implementation = "sdpa"
 
     def _backward(self, loss: Tensor) -> None:
@@ -163,12 +162,12 @@ class Bench:
             parameter.grad = None
 
     def _naive(self) -> None:
-        """As one would write it: the model called three times, losses over all positions."""
-        samples, image = self.samples, self.samples.image
-        exemplar = torch.cat([image, self.connector(samples.exemplar)], dim=1)
+        """The plain way: three calls of the model, losses over all positions."""
+        inputs, image = self.inputs, self.inputs.image
+        exemplar = torch.cat([image, self.connector(inputs.exemplar)], dim=1)
         base, labels = self._stock(image)
         with_exemplar, exemplar_labels = self._stock(exemplar)
-        negative, _ = self._stock(image[samples.negative])
+        negative, _ = self._stock(image[inputs.negative])
         keep = labels != IGNORE_INDEX
         teacher = with_exemplar[exemplar_labels != IGNORE_INDEX]
         loss = response_loss(base, labels) + response_loss(with_exemplar, exemplar_labels)
@@ -176,20 +175,18 @@ class Bench:
         self._backward(loss + crt_loss(base, negative, labels))
 
     def _stock(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of all positions (rows, vocab) in float32 and labels, shifted by one."""
-        samples = self.samples
-        embeddings, lengths = prompt_embeddings(
-            self.vlm, samples.prompts, tokens, samples.responses
-        )
+        """Logits of all positions (rows, vocab) in float32, and labels shifted by one."""
+        inputs = self.inputs
+        embeddings, lengths = prompt_embeddings(self.vlm, inputs.prompts, tokens, inputs.responses)
         logits = self.vlm.model(inputs_embeds=embeddings, use_cache=False).logits[:, :-1].float()
         labels = torch.full(logits.shape[:2], IGNORE_INDEX, device=logits.device)
-        for row, (length, response) in enumerate(zip(lengths, samples.responses, strict=True)):
+        for row, (length, response) in enumerate(zip(lengths, inputs.responses, strict=True)):
             labels[row, length - 1 :] = torch.tensor(response)
         return logits.flatten(0, 1), labels.flatten()
 
     @torch.inference_mode()
     def _score_batch1(self) -> None:
-        prompt, image = self.samples.prompts[0], self.samples.image
+        prompt, image = self.inputs.prompts[0], self.inputs.image
         for number in range(self.batch):
             for response in self.classes:
                 embeddings, (length,) = prompt_embeddings(
@@ -201,17 +198,17 @@ class Bench:
 
     @torch.inference_mode()
     def _score_batched(self) -> None:
-        prompts = self.samples.prompts
+        prompts = self.inputs.prompts
         for response in self.classes:
             hidden, labels, owner = response_hidden(
-                self.vlm, prompts, self.samples.image, [response] * self.batch
+                self.vlm, prompts, self.inputs.image, [response] * self.batch
             )
             log_p = self.vlm.logits(hidden).log_softmax(-1).gather(1, labels[:, None])[:, 0]
             torch.zeros(self.batch, device=log_p.device).index_add_(0, owner, log_p)
 
     def _score_trie(self) -> None:
         response_log_probabilities(
-            self.vlm, self.samples.prompts[0], self.samples.image, self.classes
+            self.vlm, self.inputs.prompts[0], self.inputs.image, self.classes
         )
 
     # Figures
@@ -219,48 +216,36 @@ class Bench:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Milliseconds, ratio to vanilla, tokens and peak memory of every variant."""
         variants, clock = self.variants(), Clock(self.device)
-
-        def timed(step: Callable[[], object]) -> Callable[[], list[float]]:
-            return lambda: clock(step)
-
-        samples = interleaved(
-            {name: timed(step) for name, step in variants.items()}, budget_seconds=60
-        )
-        vanilla = [passes[0] for passes in samples["vanilla"]]
+        calls = {name: partial(clock, step) for name, step in variants.items()}
+        rounds = interleaved(calls, budget_seconds=60)
+        times = {name: np.array(passes)[:, 0] for name, passes in rounds.items()}
         tokens = self.tokens()
-        for name, rounds in samples.items():
-            own = [passes[0] for passes in rounds]
-            ratios = [a / b for a, b in zip(own, vanilla, strict=True)]
-            yield {"variant": name, "quantity": "milliseconds"} | Spread.of(own)._asdict()
-            yield {"variant": name, "quantity": "ratio_to_vanilla"} | Spread.of(ratios)._asdict()
-            same = {"variant": name, "low": None, "high": None}
-            yield same | {"quantity": "tokens", "value": tokens[name]}
-            peak = peak_mib(variants[name], self.device)
-            yield same | {"quantity": "peak_mib", "value": peak}
+        for name, values in times.items():
+            for quantity, found in (
+                ("milliseconds", values),
+                ("ratio_to_vanilla", values / times["vanilla"]),
+                ("tokens", tokens[name]),
+                ("peak_mib", peak_mib(variants[name], self.device)),
+            ):
+                yield {"variant": name} | figure(quantity, found)
 
     def profile(self, trace: Path | None = None) -> list[str]:
-        """Where a step of stage 2 goes: operations by their own time. `trace`: file to write."""
-        activities = [ProfilerActivity.CPU]
-        if self.device == "cuda":
-            activities.append(ProfilerActivity.CUDA)
+        """The longest operations of a stage-2 step, each without those it calls. trace: file."""
+        cuda = self.device == "cuda"
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
         step = self.variants()["shared_stage2"]
         with profile(activities=activities) as profiler:
             step()
         if trace is not None:
             profiler.export_chrome_trace(str(trace))
-        events = profiler.key_averages()
-
-        def own(event: Any) -> float:
-            cuda = self.device == "cuda"
-            return event.self_device_time_total if cuda else event.self_cpu_time_total
-
-        whole = sum(map(own, events))
-        first = sorted(events, key=own, reverse=True)[:8]
-        return [f"{event.key} {own(event) / whole:.0%}" for event in first]
+        self_time = attrgetter("self_device_time_total" if cuda else "self_cpu_time_total")
+        events = sorted(profiler.key_averages(), key=self_time, reverse=True)
+        whole = sum(map(self_time, events))
+        return [f"{event.key} {self_time(event) / whole:.0%}" for event in events[:8]]
 
 
 def targets(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool | None]]:
-    """Aims and results."""
+    """Aims with their results."""
     ours, scoring = "shared_stage2", "score_trie"
     mid, pocket = ({"shape": name, "device": "cpu"} for name in ("mid", "pocket"))
     aims = [
@@ -276,8 +261,7 @@ def targets(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool | None]]:
         aims.append(Aim(f"{name}, GPU: {aim} × faster than naive", ours, ("naive",), aim, gpu))
         text = f"{name}, GPU: 0.25 of naive's peak memory"
         aims.append(Aim(text, ours, ("naive",), 0.25, gpu, "peak_mib", most=True))
-    frame = pd.DataFrame(rows)
-    return [aim.check(frame, "variant", "batch") for aim in aims]
+    return check(aims, rows, "variant", "batch")
 
 
 SUITE = MachineSuite(COLUMNS, __doc__ or "", measure)

@@ -20,10 +20,12 @@ LIBRARIES = ("torch", "triton", "transformers", "peft", "liger-kernel", "cut-cro
 
 @dataclass(frozen=True)
 class Aim:
-    """A ratio to reach, at every row count or batch of a shape; the worst one counts.
+    """A ratio to reach at every row count or batch of a shape; the worst one counts.
 
-    ours, theirs: implementations; the best of `theirs` counts, none for a quantity's own value
-    where: columns and their values; most: ours over theirs at most, else theirs over ours at least
+    ours:   an implementation or variant
+    theirs: those it is compared with, of which the best counts; none: the quantity itself counts
+    where:  column -> value of the rows that count
+    most:   ours / theirs must be at most `aim`; otherwise theirs / ours must be at least `aim`
     """
 
     text: str
@@ -36,7 +38,7 @@ class Aim:
     least_rows: int = 0
 
     def check(self, frame: pd.DataFrame, names: str, sizes: str) -> tuple[str, str, bool | None]:
-        """(text, result, whether it was reached: None if not measured)"""
+        """(text, result, whether the aim is reached; None if not measured)"""
         for column, value in {**self.where, "quantity": self.quantity}.items():
             frame = frame[frame[column] == value]
         frame = frame[frame[sizes] >= self.least_rows]
@@ -50,17 +52,22 @@ class Aim:
         return self.text, f"{worst:.2f}", worst <= self.aim if self.most else worst >= self.aim
 
 
+def check(
+    aims: Sequence[Aim], rows: list[dict[str, Any]], names: str, sizes: str
+) -> list[tuple[str, str, bool | None]]:
+    """Every aim's result; names, sizes: the columns of implementations and of row counts."""
+    frame = pd.DataFrame(rows)
+    return [aim.check(frame, names, sizes) for aim in aims]
+
+
 def run_machine_suite(
-    name: str,
-    out: Path,
-    *,
-    command: str,
-    note: Callable[[str], None],
-    trace: Path | None = None,
+    name: str, out: Path, *, command: str, note: Callable[[str], None], trace: Path | None = None
 ) -> list[Path]:
-    """Measure, and write the three files as the figures come; returns the files."""
+    """Measure, and rewrite the three files as results come in; returns their paths."""
     suite = machine_suite(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    no_gpu = f"not measured: this machine has no GPU; run `python -m bench run {name}` on one"
+    lacking = {} if device == "cuda" else {"CUDA": no_gpu}
     place = out / name / slug(device_name())
     written: list[Path] = []
     for measured in suite.measure(device, note, trace):
@@ -71,13 +78,15 @@ def run_machine_suite(
             "commit": commit(),
             "versions": versions(LIBRARIES),
             "hardware": hardware(),
-            "missing": measured.missing,
+            "missing": {**measured.missing, **lacking},
             "targets": measured.targets,
             "notes": measured.notes,
         }
         texts = {
-            ".csv": _csv(measured, suite.columns),
-            ".md": _page(name, suite.about, measured, stamp),
+            ".csv": pd.DataFrame(measured.rows, columns=list(suite.columns)).to_csv(
+                index=False, float_format="%.6g", lineterminator="\n"
+            ),
+            ".md": _page(suite.about, measured, stamp),
             ".json": json.dumps(stamp, indent=1) + "\n",
         }
         written = [place.with_name(place.name + ending) for ending in texts]
@@ -86,28 +95,21 @@ def run_machine_suite(
     return written
 
 
-def _csv(measured: Measured, columns: Sequence[str]) -> str:
-    frame = pd.DataFrame(measured.rows, columns=list(columns))
-    return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-
-
-def _page(name: str, about: str, measured: Measured, stamp: dict[str, Any]) -> str:
-    """One table for each combination of what stands before the variant in the suite's columns."""
+def _page(about: str, measured: Measured, stamp: dict[str, Any]) -> str:
     words = {True: "reached", False: "missed", None: "not measured"}
     return ENVIRONMENT.get_template("machine.md").render(
-        suite=name,
         about=about.strip(),
         stamp=stamp,
         tables=[
             (title, rows[0].get("caption", ""), *_table(rows))
-            for title, rows in _tables(measured.rows)
+            for title, rows in _tables(measured.rows).items()
         ],
         targets=[(aim, found, words[reached]) for aim, found, reached in measured.targets],
     )
 
 
-def _tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Title -> its rows: one table for each shape."""
+def _tables(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Title -> rows, a table per shape and operation."""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if "shape" in row:
@@ -116,11 +118,11 @@ def _tables(rows: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]
             sizes = f"{row['rows']} rows × {row['hidden']} hidden × {row['vocab']} vocabulary"
             title = f"{row['operation']}: {sizes}, {row['dtype']}"
         found.setdefault(title, []).append(row)
-    return list(found.items())
+    return found
 
 
 def _table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Columns and lines of Markdown: a line a variant, a column a quantity."""
+    """Columns and lines of Markdown: a line per variant, a column per quantity."""
     name = "variant" if "variant" in rows[0] else "implementation"
 
     def column(row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from bench.report.page import ENVIRONMENT
@@ -21,7 +22,7 @@ def draw(chart: Chart, frame: pd.DataFrame, records: Sequence[Record], suite: Su
 
 
 def _panels(records: Sequence[Record]) -> list[tuple[str, list[float], list[float]]]:
-    """The first seed's distributions, all datasets together, a panel a method."""
+    """A panel per method: the first seed's values, pooled over datasets."""
     first, panels = min(record.seed for record in records), []
     for record in (r for r in records if r.seed == first):
         sides = [card["values"] for card in record.items.values()]
@@ -33,7 +34,7 @@ def _panels(records: Sequence[Record]) -> list[tuple[str, list[float], list[floa
 
 
 def bars(frame: pd.DataFrame, metric: str, methods: Sequence[str], title: str) -> str:
-    """A bar a method, with its interval: the average over the datasets, or the only one."""
+    """A bar with its interval per method: the average over datasets, or the only dataset."""
     rows = frame[frame["metric"] == metric]
     dataset = "average" if (rows["dataset"] == "average").any() else rows["dataset"].iloc[0]
     rows = rows[rows["dataset"] == dataset].set_index("method")
@@ -57,30 +58,27 @@ def bars(frame: pd.DataFrame, metric: str, methods: Sequence[str], title: str) -
 
 
 def densities(panels: Sequence[tuple[str, Sequence[float], Sequence[float]]], title: str) -> str:
-    """A panel for each (name, positive, negative): two histograms over 0 to 1, 40 bins each."""
+    """A panel per (name, positive, negative): two histograms from 0 to 1 with 40 bins."""
     bins, wide, high, step = 40, 220, 120, 250
     drawn = []
     for number, (name, *sides) in enumerate(panels):
-        shapes = []
+        shapes, x = [], 20 + number * step
         heights = [_histogram(values, bins) for values in sides]
         top = max(max(h) for h in heights) or 1.0
         for values in heights:
-            points = [f"{20 + number * step},{40 + high}"]
+            points = [f"{x},{40 + high}"]
             for at, value in enumerate(values):
                 level = round(40 + high * (1 - value / top), 1)
-                left = round(20 + number * step + wide * at / bins, 1)
-                right = round(20 + number * step + wide * (at + 1) / bins, 1)
-                points += [f"{left},{level}", f"{right},{level}"]
-            points.append(f"{20 + number * step + wide},{40 + high}")
+                points += [f"{round(x + wide * i / bins, 1)},{level}" for i in (at, at + 1)]
+            points.append(f"{x + wide},{40 + high}")
             shapes.append(" ".join(points))
-        drawn.append({"name": name, "x": 20 + number * step, "shapes": shapes})
+        drawn.append({"name": name, "x": x, "shapes": shapes})
     return ENVIRONMENT.get_template("densities.svg").render(
         title=title, panels=drawn, width=20 + step * len(panels), high=high, wide=wide
     )
 
 
 def _histogram(values: Sequence[float], bins: int) -> list[float]:
-    counts = [0.0] * bins
-    for value in values:
-        counts[min(int(value * bins), bins - 1)] += 1
-    return [count / max(len(values), 1) for count in counts]
+    """The share of the values in each bin; 1 falls into the last."""
+    at = np.minimum((np.asarray(values) * bins).astype(int), bins - 1)
+    return (np.bincount(at, minlength=bins) / max(len(values), 1)).tolist()

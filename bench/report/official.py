@@ -1,4 +1,4 @@
-"""Result files in MedMNIST's own form, readable by its Evaluator."""
+"""Result files in MedMNIST's format, readable by its Evaluator."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ from bench.stats.metrics import measure
 from vitask.decision import scored
 from vitask.prompts import Candidates
 
-SUITE = "main"  # asks the plain question
+SUITE = "main"
 
 
 def write_official(folder: Path, records: Sequence[Record]) -> list[Path]:
-    """Write the result files of a suite's records, in place of older ones; returns them."""
+    """Write the result files of a suite's records, replacing older ones; returns their paths."""
     texts = official_texts(folder, records)
     for path in official_files(folder, records):
         if path.name not in texts:
@@ -29,7 +29,7 @@ def write_official(folder: Path, records: Sequence[Record]) -> list[Path]:
 
 
 def official_files(folder: Path, records: Sequence[Record]) -> list[Path]:
-    """The result files that lie there for these records, of whatever figures."""
+    """The existing result files of these records, whatever metrics their names state."""
     places = (folder / OFFICIAL).glob("*.csv")
     runs = {f"@{record.name}.csv" for record in records}
     return sorted(path for path in places if path.name[path.name.rfind("@") :] in runs)
@@ -38,9 +38,8 @@ def official_files(folder: Path, records: Sequence[Record]) -> list[Path]:
 def official_texts(folder: Path, records: Sequence[Record]) -> dict[str, str]:
     """File name -> text, one per record and official dataset.
 
-    `{flag}{_size}_test_[AUC]..._[ACC]...@{run}.csv`; rows: index and class probabilities (no
-    log-probabilities), no header. For real, verified MedMNIST files that are trained on and tested
-    whole, and for the suite that asks the plain question.
+    `{flag}{_size}_test_[AUC]..._[ACC]...@{run}.csv`, without a header; a row is an index and class
+    probabilities. Only for suite `main`, and for complete, verified MedMNIST files.
     """
     texts = {}
     for record in records:
@@ -49,10 +48,10 @@ def official_texts(folder: Path, records: Sequence[Record]) -> dict[str, str]:
             continue
         samples, specs = read_samples(samples_path(folder, record.name)), record.specs
         for name in (name for name in samples if name in official):
-            answers = None
+            known = None
             if specs[name].multi_label:
-                answers = Candidates.of_card(record.candidates[name], len(specs[name].classes))
-            data = scored(specs[name], samples[name].labels, samples[name].prediction, answers)
+                known = Candidates.of_card(record.candidates[name], len(specs[name].classes))
+            data = scored(specs[name], samples[name].labels, samples[name].prediction, known)
             point = measure(data)
             file = file_name(
                 name,
@@ -66,15 +65,15 @@ def official_texts(folder: Path, records: Sequence[Record]) -> dict[str, str]:
 
 
 def is_official(card: dict[str, Any]) -> bool:
-    """A verified file of MedMNIST, trained on and tested whole."""
+    """Whether the data are a verified MedMNIST file, with all training and test images used."""
     used, published = card["images"], card["spec"]["n_samples"]
-    whole = all(used[part] == published[part] for part in ("train", "test"))
-    return card["source"] == "medmnist" and card["md5_ok"] and whole
+    complete = all(used[split] == published[split] for split in ("train", "test"))
+    return card["source"] == "medmnist" and card["md5_ok"] and complete
 
 
 def file_name(flag: str, size: int, *, auc: float, accuracy: float, run: str) -> str:
-    part = "" if size == 28 else f"_{size}"
-    return f"{flag}{part}_test_[AUC]{auc:.3f}_[ACC]{accuracy:.3f}@{run}.csv"
+    suffix = "" if size == 28 else f"_{size}"
+    return f"{flag}{suffix}_test_[AUC]{auc:.3f}_[ACC]{accuracy:.3f}@{run}.csv"
 
 
 def _text(probability: np.ndarray) -> str:

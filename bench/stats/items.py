@@ -1,28 +1,29 @@
-"""A suite's own metrics, made of one value per image (or question), with their uncertainty.
+"""A suite's own metrics, computed from one value per image (or question), with their uncertainty.
 
-A suite that measures more than answers keeps such values in its outcome; `Suite.measured(values,
-weights)` turns them into metrics. The same function serves the point value, the bootstrap and the
-paired permutation test, as in `metrics.py`. `Metric.ranks` names the values that a metric only
-compares, as an AUC does.
+A suite that measures more than answers puts such values into its outcome, and
+`Suite.measured(values, weights)` computes metrics from them. As in `metrics.py`, one function
+serves the point value, the bootstrap and the paired permutation test. `Metric.ranks` names the
+values that a metric only compares, as AUC does.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from bench.stats.resampling import chunked, mean_over_seeds, ranks
+from bench.stats.resampling import chunked, ranks
 
-DIGITS = 6  # of the values that a record keeps; everything is computed from these
+DIGITS = 6  # records round values to these digits, and all metrics use the rounded values
 Values = Mapping[str, np.ndarray]  # name -> float (n,)
 Measure = Callable[[Values, np.ndarray], dict[str, np.ndarray]]  # weights (k, n) -> (k,) each
-Ranked = Mapping[str, tuple[str, ...]]  # metric -> names whose values it only compares, together
+Ranked = Mapping[str, tuple[str, ...]]  # metric -> values that it only compares, ranked together
 
 
 @dataclass(frozen=True)
 class Items:
-    """values: name -> float (n,); groups: str (n,) or None, what is resampled together."""
+    """values: name -> float (n,); groups: str (n,), resampled together, or None."""
 
     values: dict[str, np.ndarray]
     groups: np.ndarray | None = None
@@ -31,7 +32,7 @@ class Items:
         return len(next(iter(self.values.values())))
 
     def card(self) -> dict[str, Any]:
-        """As a record keeps them."""
+        """The form that records keep."""
         values = {n: np.round(a.astype(float), DIGITS).tolist() for n, a in self.values.items()}
         return {"values": values, "groups": None if self.groups is None else self.groups.tolist()}
 
@@ -50,10 +51,7 @@ def resampled(
     seeds: Sequence[Items], measure: Measure, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Every metric under every resample, averaged over seeds: (2000,) each."""
-    return chunked(
-        lambda part: mean_over_seeds([measure(s.values, part.astype(float)) for s in seeds]),
-        weights,
-    )
+    return chunked([partial(measure, items.values) for items in seeds], weights)
 
 
 def permuted_differences(
@@ -65,27 +63,26 @@ def permuted_differences(
 ) -> dict[str, np.ndarray]:
     """Metric of ours minus reference after swapping the two methods' items, (2000,) each.
 
-    For the metrics of `ranked` the ranks are swapped, as `stats.permuted_differences` does.
+    For the metrics in `ranked`, ranks are swapped, as in `resampling.permuted_differences`.
     """
-    ranked = ranked or {}
 
     def permuted(names: tuple[str, ...]) -> dict[str, np.ndarray]:
         pairs = [_pair(a.values, b.values, names) for a, b in zip(ours, reference, strict=True)]
-        return chunked(
-            lambda part: mean_over_seeds([_difference(pair, measure, part) for pair in pairs]), swap
-        )
+        return chunked([partial(_difference, pair, measure) for pair in pairs], swap)
 
-    return permuted(()) | {metric: permuted(names)[metric] for metric, names in ranked.items()}
+    return permuted(()) | {
+        metric: permuted(names)[metric] for metric, names in (ranked or {}).items()
+    }
 
 
 def _pair(ours: Values, reference: Values, names: tuple[str, ...]) -> Values:
-    """One method's values, then the other's, (2 n,) each; the named ones as ranks."""
+    """Ours, then the reference's values, (2 n,) each; the named ones as ranks."""
     sides = [_ranked(values, names) for values in (ours, reference)]
     return {name: np.concatenate([side[name] for side in sides]) for name in ours}
 
 
 def _ranked(values: Values, names: tuple[str, ...]) -> Values:
-    """The named values as ranks among all of these."""
+    """The values, the named ones replaced by their ranks among all of these."""
     if not names:
         return values
     among = ranks(np.concatenate([values[name] for name in names]))
@@ -93,8 +90,6 @@ def _ranked(values: Values, names: tuple[str, ...]) -> Values:
 
 
 def _difference(pair: Values, measure: Measure, swap: np.ndarray) -> dict[str, np.ndarray]:
-    moved = swap.astype(float)
-    left, right = (
-        measure(pair, np.hstack(used)) for used in ([1 - moved, moved], [moved, 1 - moved])
-    )
+    left = measure(pair, np.hstack([1 - swap, swap]))
+    right = measure(pair, np.hstack([swap, 1 - swap]))
     return {name: left[name] - right[name] for name in left}

@@ -1,10 +1,10 @@
 """Metrics as functions of weights over test images.
 
-One definition serves the point value (all weights 1), the bootstrap (weights are how often an
-image was drawn) and the paired permutation test (weights choose between two methods' answers).
-Every metric but AUC is a function of sums over images, so `columns` states what is summed and
-`finish` what the sums say; a weighting is then one matrix product.
-Weights: float (resamples, n); every metric comes back as float64 (resamples,).
+One definition serves the point value (all weights 1), the bootstrap (weights count how often an
+image is drawn) and the paired permutation test (weights choose between two methods' answers).
+Every metric but AUC is a function of sums over images: `columns` gives the summands, `finish` the
+metrics, and a weighting takes one matrix product.
+Weights are float (resamples, n); every metric comes back as float64 (resamples,).
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,14 +16,14 @@ from vitask.decision import INVALID, Scored
 
 ECE_BINS = 15
 
-Columns = dict[str, np.ndarray]  # name -> (n, width): what is summed over images
+Columns = dict[str, np.ndarray]  # name -> (n, width): summands
 Sums = Mapping[str, np.ndarray]  # name -> (resamples, width)
 
 
 def measure(
     data: Scored, weights: np.ndarray | None = None, *, ranks: bool = True
 ) -> dict[str, np.ndarray]:
-    """Every metric of the task, each (resamples,); NaN where it is not defined.
+    """Every metric of the task, each (resamples,); NaN where it is undefined.
 
     ranks: False leaves out AUC, which takes most of the time.
     """
@@ -41,19 +41,19 @@ def confusion(data: Scored) -> list[list[int]]:
     return np.bincount(truth * size + predicted, minlength=size**2).reshape(size, size).tolist()
 
 
-# What is summed over images
+# Summands
 
 
 def columns(data: Scored) -> Columns:
-    """Per image: what the metrics are made of. Multi-label: every label is a class of its own."""
+    """The summands of each image. In multi-label tasks each label is a class."""
     spec, n = data.spec, len(data.labels)
     true, guess = _indicator(spec, data.labels), _indicator(spec, data.predicted)
     if spec.multi_label:
         right = (data.labels == data.predicted).all(1)
-        medmnist = ((data.probability > 0.5) == (data.labels == 1)).mean(1)
-        # Each label's own calibration: the confidence in "present" or in "absent".
-        confidence = np.maximum(data.probability, 1 - data.probability)
         agrees = (data.probability > 0.5) == (data.labels == 1)
+        medmnist = agrees.mean(1)
+        # Calibration per label: confidence that it is present, or absent.
+        confidence = np.maximum(data.probability, 1 - data.probability)
     else:
         right = data.labels == data.predicted
         binary = spec.task == "binary-class"  # medmnist thresholds the last column
@@ -78,7 +78,7 @@ def columns(data: Scored) -> Columns:
 def _generated(
     spec: DatasetSpec, true: np.ndarray, labels: np.ndarray, generated: np.ndarray
 ) -> Columns:
-    """Generated answers: an invalid one is wrong and adds no class."""
+    """Summands of generated answers. An invalid answer is wrong and predicts no class."""
     invalid = (generated == INVALID).reshape(len(labels), -1).any(1)
     right = (generated == labels).reshape(len(labels), -1).all(1)
     kept = invalid.reshape(-1, 1) if generated.ndim == 2 else invalid
@@ -102,23 +102,27 @@ def _indicator(spec: DatasetSpec, labels: np.ndarray) -> np.ndarray:
     return labels.astype(float) if spec.multi_label else np.eye(len(spec.classes))[labels]
 
 
-# What the sums say
+# Metrics
 
 
 def finish(spec: DatasetSpec, sums: Sums, auc: np.ndarray) -> dict[str, np.ndarray]:
-    """Metrics from sums over images, AUC in its place among them."""
+    """Metrics from sums over images; `auc` is put among them."""
     total = sums["count"]
+
+    def share(name: str) -> np.ndarray:
+        return (sums[name] / total)[:, 0]
+
     hit, support, named = sums["hit"], sums["support"], sums["named"]
     recall = _divide(hit, support)
     balanced = recall
-    if spec.multi_label:  # of each label: the mean of sensitivity and specificity
+    if spec.multi_label:  # per label, the mean of sensitivity and specificity
         balanced = (recall + _divide(total - support - named + hit, total - support)) / 2
     widths = sums["calibration"].shape[1] // ECE_BINS
     done = {
-        "accuracy": (sums["right"] / total)[:, 0],
+        "accuracy": share("right"),
         "macro_f1": _f1(hit, support, named).mean(1),
         "auc": auc,
-        "medmnist_acc": (sums["medmnist"] / total)[:, 0],
+        "medmnist_acc": share("medmnist"),
         "balanced_accuracy": _mean_of_defined(balanced),
         "ece": np.abs(sums["calibration"]).sum(1) / total[:, 0] / widths,
     }
@@ -127,20 +131,20 @@ def finish(spec: DatasetSpec, sums: Sums, auc: np.ndarray) -> dict[str, np.ndarr
     for number, name in enumerate(spec.classes):
         done[f"recall:{name}"] = recall[:, number]
     if "gen_right" in sums:
-        done["gen_accuracy"] = (sums["gen_right"] / total)[:, 0]
+        done["gen_accuracy"] = share("gen_right")
         done["gen_macro_f1"] = _f1(sums["gen_hit"], support, sums["gen_named"]).mean(1)
-        done["gen_invalid"] = (sums["gen_invalid"] / total)[:, 0]
+        done["gen_invalid"] = share("gen_invalid")
     return done
 
 
 def _f1(hit: np.ndarray, support: np.ndarray, named: np.ndarray) -> np.ndarray:
-    """F1 per class; 0 for a class without support and prediction."""
+    """F1 per class; 0 for a class with neither support nor predictions."""
     both = support + named
     return np.divide(2 * hit, both, out=np.zeros_like(hit), where=both > 0)
 
 
 def _quadratic_kappa(sums: Sums) -> np.ndarray:
-    """Cohen's kappa with quadratic weights; NaN where chance alone agrees fully."""
+    """Cohen's kappa with quadratic weights; NaN where the expected disagreement is 0."""
     total = sums["count"][:, 0]
     grades = np.arange(sums["support"].shape[1])
     distance = (grades[:, None] - grades[None]) ** 2.0
@@ -149,25 +153,24 @@ def _quadratic_kappa(sums: Sums) -> np.ndarray:
 
 
 def _divide(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above / below, NaN where nothing is below."""
+    """above / below; NaN where `below` is 0."""
     return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
 
 
 def _mean_of_defined(values: np.ndarray) -> np.ndarray:
     """Mean over the columns that are not NaN; NaN if all are. (n, classes) -> (n,)."""
-    there = ~np.isnan(values)
-    return _divide(np.where(there, values, 0).sum(1), there.sum(1).astype(float))
+    defined = ~np.isnan(values)
+    return _divide(np.where(defined, values, 0).sum(1), defined.sum(1).astype(float))
 
 
-# AUC: of pairs of images, no sum over images
+# AUC: a sum over pairs of images
 
 
 def auc(data: Scored, weights: np.ndarray) -> np.ndarray:
-    """medmnist's: mean of one against rest; binary: of the last column; multi-label: of labels.
-
-    A class without positive or negative weight leaves the mean; NaN if all do.
-    """
-    by_image = np.ascontiguousarray(weights.T, dtype=np.float64)  # (n, resamples): rows are read
+    """AUC as medmnist computes it: mean of one class against the rest, or over labels; binary: of
+    the last column. The mean leaves out classes without positive or negative weight; NaN if all
+    are left out."""
+    by_image = np.ascontiguousarray(weights.T, dtype=np.float64)  # (n, resamples), as rows are read
     each = [binary_auc(score, positive, by_image) for score, positive in one_against_rest(data)]
     return _mean_of_defined(np.stack(each, axis=1))
 

@@ -1,11 +1,12 @@
 """Uncertainty and significance: bootstrap, paired permutation, Holm.
 
-2,000 resamples of test images, drawn once per dataset: the same for all methods and seeds, by
-group (patient, lesion) where the data names them. A metric is averaged over seeds first.
+2,000 resamples of test images, drawn once per dataset and shared by all methods and seeds; images
+of one group (patient, lesion) are drawn together. Metrics are averaged over seeds first.
 """
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from bench.stats.metrics import columns, finish, measure, one_against_rest
 from vitask.decision import Scored
 
 RESAMPLES = 2000
-CHUNK = 250  # resamples at once: bounds the memory of (resamples, n) arrays
+CHUNK = 250  # resamples computed at once; bounds the memory of (resamples, n) arrays
 LEVEL = 0.95
 
 
@@ -29,7 +30,7 @@ def bootstrap_weights(name: str, count: int, groups: np.ndarray | None = None) -
 
 
 def swaps(name: str, count: int, groups: np.ndarray | None = None) -> np.ndarray:
-    """Which images change method, bool (2000, n); images of one group change together."""
+    """Which images swap methods, bool (2000, n); images of one group swap together."""
     rng = np.random.default_rng(zlib.crc32(f"permutation/{name}".encode()))
     total, member = _members(count, groups)
     return rng.integers(2, size=(RESAMPLES, total), dtype=np.uint8).astype(bool)[:, member]
@@ -37,11 +38,7 @@ def swaps(name: str, count: int, groups: np.ndarray | None = None) -> np.ndarray
 
 def resampled(seeds: Sequence[Scored], weights: np.ndarray) -> dict[str, np.ndarray]:
     """Every metric under every resample, averaged over seeds: (2000,) each."""
-
-    def metrics(chunk: np.ndarray) -> dict[str, np.ndarray]:
-        return mean_over_seeds([measure(data, chunk.astype(np.float64)) for data in seeds])
-
-    return chunked(metrics, weights)
+    return chunked([partial(measure, data) for data in seeds], weights)
 
 
 def permuted_differences(
@@ -49,24 +46,21 @@ def permuted_differences(
 ) -> dict[str, np.ndarray]:
     """Metric of ours minus reference after swapping the two methods' answers, (2000,) each.
 
-    An image swaps in all seeds at once. Exact, and cheap: sums over images change by
+    An image swaps in all seeds at once. Exact and cheap: sums over images change by
     swap @ (reference's column - ours), and the difference of two AUCs is linear in the swaps.
-    For AUC an answer is its score's rank within method, seed and class (Venkatraman and Begg 1996,
-    Biometrika 83:835): scores of two methods share no scale, and the null distribution of a
-    mixture of them would be that of their confidence, of which AUC knows nothing.
+    For AUC, ranks within method, seed and class are swapped instead of scores (Venkatraman and Begg
+    1996, Biometrika 83:835). Two methods' scores share no scale, so a mixture of them would give
+    the null distribution of confidence, which AUC ignores.
     """
-    parts = [_Pair(a, b) for a, b in zip(ours, reference, strict=True)]
-    return chunked(
-        lambda chunk: mean_over_seeds([pair(chunk.astype(np.float64)) for pair in parts]), swap
-    )
+    return chunked([_Pair(a, b) for a, b in zip(ours, reference, strict=True)], swap)
 
 
 class _Pair:
-    """Two methods' answers to the same images by one seed: swaps -> differences of metrics."""
+    """Two methods' answers to the same images with one seed: swaps -> differences of metrics."""
 
     def __init__(self, ours: Scored, reference: Scored) -> None:
         mine, theirs = columns(ours), columns(reference)
-        shared = [name for name in mine if name in theirs]  # one of them may not write
+        shared = [name for name in mine if name in theirs]  # only one may have generated answers
         widths = np.cumsum([mine[name].shape[1] for name in shared])
         self._spec, self._names, self._cuts = ours.spec, shared, widths[:-1]
         ours_at, theirs_at = (np.hstack([c[name] for name in shared]) for c in (mine, theirs))
@@ -89,9 +83,9 @@ class _Pair:
 def _auc_difference(ours: Scored, reference: Scored) -> tuple[float, np.ndarray]:
     """AUC of ours minus reference, and its change when an image's answers are swapped, (n,).
 
-    Put both methods' answers side by side and let an AUC be w_p M w_n / (p n): M says which
-    positive answer beats which negative one, w which answers are used. The other method uses
-    1 - w, so the difference of the two is (w_p M 1 + 1 M w_n - 1 M 1) / (p n): linear in w.
+    With both methods' answers side by side, an AUC is w_p M w_n / (p n): M says which positive
+    answer beats which negative one, w which answers a method uses. The other method uses 1 - w, so
+    their difference (w_p M 1 + 1 M w_n - 1 M 1) / (p n) is linear in w.
     """
     count = len(ours.labels)
     values, changes = [], []
@@ -103,8 +97,10 @@ def _auc_difference(ours: Scored, reference: Scored) -> tuple[float, np.ndarray]
             continue
         score = np.concatenate([ranks(mine), ranks(theirs)])
         label = np.concatenate([positive, positive])
-        beats = np.where(label, 1, -1) * _place(score, score[~label], score[label], label)
-        beats = beats + np.where(label, 0, label.sum())  # a negative: how many positives beat it
+        # For a positive, how many negatives it beats; for a negative, how many positives beat it.
+        beats = np.where(
+            label, _below(score, score[~label]), label.sum() - _below(score, score[label])
+        )
         values.append((beats[:count].sum() - beats[label].sum()) / pairs)
         changes.append((beats[count:] - beats[:count]) / pairs)
     if not values:
@@ -113,41 +109,32 @@ def _auc_difference(ours: Scored, reference: Scored) -> tuple[float, np.ndarray]
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:
-    """Mid-ranks over their number, so in (0, 1] as probabilities are."""
+    """Mid-ranks divided by their number, so in (0, 1] like probabilities."""
     return pd.Series(scores).rank(pct=True).to_numpy()
 
 
-def _place(
-    score: np.ndarray, negative: np.ndarray, positive: np.ndarray, label: np.ndarray
-) -> np.ndarray:
-    """How many answers of the other side lie below each answer, ties as one half."""
-
-    def below(others: np.ndarray) -> np.ndarray:
-        others = np.sort(others)
-        sides = [np.searchsorted(others, score, side) for side in ("left", "right")]
-        return np.mean(sides, axis=0)
-
-    return np.where(label, below(negative), below(positive))
+def _below(score: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How many of the others lie below each score; ties count one half."""
+    others = np.sort(others)
+    return np.mean([np.searchsorted(others, score, side) for side in ("left", "right")], axis=0)
 
 
 def p_value(observed: float, permuted: np.ndarray) -> float:
     """Two-sided: (b + 1) / (m + 1) with b permutations at least as far from 0."""
-    far = np.abs(permuted) >= abs(observed) - 1e-12  # equal up to the order of summation
+    far = np.abs(permuted) >= abs(observed) - 1e-12  # tolerates the order of summation
     return float((far.sum() + 1) / (len(permuted) + 1))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's step-down adjustment over a family of tests, by name."""
-    adjusted, largest = {}, 0.0
     ordered = sorted(p_values, key=lambda name: p_values[name])
-    for rank, name in enumerate(ordered):
-        largest = max(largest, min(1.0, (len(ordered) - rank) * p_values[name]))
-        adjusted[name] = largest
-    return adjusted
+    scaled = [(len(ordered) - rank) * p_values[name] for rank, name in enumerate(ordered)]
+    adjusted = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return dict(zip(ordered, adjusted.tolist(), strict=True))
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval; resamples without a value (a class absent) are left out."""
+    """95 % percentile interval, without the resamples that have no value (an absent class)."""
     values = values[~np.isnan(values)]
     if values.size == 0:
         return (float("nan"), float("nan"))
@@ -158,39 +145,37 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def centred_interval(
     values: np.ndarray, estimate: float, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[float, float]:
-    """95 % interval of a biased metric or its difference: `interval` of resamples moved back.
+    """95 % interval of a biased metric or its difference: `interval` of resamples, shifted.
 
     A sum of distances (or of the overlap of two histograms) over bins is biased: noise in a bin
     adds distance, whatever its sign, so resamples, noisier than the images, lie to one side of
-    the estimate. They are moved by their bias, mean(values) - estimate (Efron and Tibshirani 1993,
-    ch. 10), and cut to `bounds`. So the interval is about the shown metric, at this number of
-    images, and contains it. The basic interval and Efron's bias-corrected percentiles do not: both
-    exclude the estimate where the percentile interval does. Against the error at infinitely many
-    images, the ECE of a well calibrated method is itself too large, and no such interval covers
-    that.
+    the estimate. This subtracts their bias, mean(values) - estimate (Efron and Tibshirani 1993,
+    ch. 10), and clips to `bounds`. The interval is then about the reported metric, at this number
+    of images, and contains it. The basic interval and Efron's bias-corrected percentiles exclude
+    the estimate where the percentile interval does. No such interval covers the error at infinitely
+    many images: the ECE of a well-calibrated method is itself too large.
     """
     low, high = np.clip(interval(values - np.nanmean(values) + estimate), *bounds)
     return float(low), float(high)
 
 
-def mean_over_seeds(seeds: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Every metric's mean."""
-    return {name: np.mean([metrics[name] for metrics in seeds], axis=0) for name in seeds[0]}
-
-
 def chunked(
-    function: Callable[[np.ndarray], dict[str, np.ndarray]], rows: np.ndarray
+    seeds: Sequence[Callable[[np.ndarray], dict[str, np.ndarray]]], rows: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """A function of some rows at once, applied to all."""
-    parts = [function(rows[i : i + CHUNK]) for i in range(0, len(rows), CHUNK)]
+    """Metrics of all rows, averaged over seeds. seeds: each seed's function of some float rows."""
+    parts = []
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK].astype(np.float64)
+        found = [metrics(chunk) for metrics in seeds]
+        parts.append({name: np.mean([one[name] for one in found], axis=0) for name in found[0]})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _members(count: int, groups: np.ndarray | None) -> tuple[int, np.ndarray]:
-    """Number of groups, and each image's; without groups every image is its own.
+    """The number of groups and each image's group; without groups each image is one.
 
-    Numbered as they first appear: images and what is made of each, in the same order and grouped
-    by it, are then drawn alike.
+    Groups are numbered by first appearance. Images and their corrupted versions, grouped by image
+    in the same order, are therefore drawn alike.
     """
     if groups is None:
         return count, np.arange(count)

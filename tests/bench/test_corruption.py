@@ -1,4 +1,4 @@
-"""Corrupted images: the optional package behind them, reproducible, and what it cannot make."""
+"""Corrupted images: the optional package, reproducibility, and corruptions that cannot be made."""
 
 import random
 
@@ -27,7 +27,7 @@ def images():
     }
 
 
-def test_missing_package_is_named_with_the_way_to_get_it(monkeypatch):
+def test_a_missing_package_is_named_with_its_installation(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "medmnistc.corruptions.registry", None)
     missing.cache_clear()
     text = missing()
@@ -38,7 +38,7 @@ def test_missing_package_is_named_with_the_way_to_get_it(monkeypatch):
 
 @needs_package
 @pytest.mark.parametrize("name", ["octmnist", "pathmnist"])
-def test_same_images_give_the_same_corruptions_whatever_was_drawn_before(name, images):
+def test_corruptions_do_not_depend_on_earlier_random_draws(name, images):
     for one in ("jpeg_compression", "speckle_noise", "bubble"):
         if one not in listed(spec(name)):
             continue
@@ -51,7 +51,7 @@ def test_same_images_give_the_same_corruptions_whatever_was_drawn_before(name, i
 
 
 @needs_package
-def test_global_generators_are_given_back(images):
+def test_global_generators_are_restored(images):
     random.seed(3)
     np.random.seed(3)  # noqa: NPY002
     expected = random.Random(3).random(), np.random.RandomState(3).rand()
@@ -60,7 +60,7 @@ def test_global_generators_are_given_back(images):
 
 
 @needs_package
-def test_every_listed_corruption_can_be_made_but_the_pickled_one():
+def test_every_listed_corruption_but_the_pickled_one_can_be_made():
     for name in NAMES:
         usable, lacking = split_listed(spec(name))
         assert set(usable) | set(lacking) == set(listed(spec(name)))
@@ -78,8 +78,8 @@ def test_stronger_corruptions_change_more(images):
 
 
 @needs_package
-def test_relative_errors_are_medmnistc_own(tmp_path):
-    """Against the package's evaluator, on answers of known balanced error."""
+def test_relative_errors_equal_those_of_medmnistc(tmp_path):
+    """Compares with the package's evaluator on random answers."""
     from medmnistc.eval import Evaluator
 
     rng = np.random.default_rng(0)

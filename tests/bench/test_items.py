@@ -1,4 +1,4 @@
-"""A suite's own metrics have the same statistics as those of answers."""
+"""Metrics of items get the same statistics as metrics of answers."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.report.table import Cells, _Cell, _Table
-from bench.stats import items as own
+from bench.stats import items as item_stats
 from bench.stats import resampling as stats
 from bench.stats.items import Items, points
 from bench.stats.resampling import bootstrap_weights, centred_interval, interval, swaps
@@ -30,7 +30,7 @@ def table_of(suite: Suite, cells: dict[str, Cells] | None = None) -> _Table:
 
 
 def only_ranks(suite: Suite) -> dict[str, tuple[str, ...]]:
-    """What a suite says its metrics compare alone, as the statistics take it."""
+    """Metric -> values that it only compares, for a suite's metrics."""
     return {metric.name: metric.ranks for metric in suite.metrics if metric.ranks}
 
 
@@ -40,7 +40,7 @@ def answers(seed: int, labels: np.ndarray):
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_share_of_right_answers_has_the_interval_and_permutations_of_accuracy(grouped):
+def test_share_of_right_answers_has_the_statistics_of_accuracy(grouped):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, 60)
     groups = np.array([f"patient {i // 3}" for i in range(60)]) if grouped else None
@@ -52,13 +52,13 @@ def test_share_of_right_answers_has_the_interval_and_permutations_of_accuracy(gr
     means = Suite().measured
     weights, swap = bootstrap_weights("x", 60, groups), swaps("x", 60, groups)
     expected = stats.resampled(ours, weights)["accuracy"]
-    np.testing.assert_allclose(own.resampled(right[0], means, weights)["accuracy"], expected)
+    np.testing.assert_allclose(item_stats.resampled(right[0], means, weights)["accuracy"], expected)
     expected = stats.permuted_differences(ours, theirs, swap)["accuracy"]
-    found = own.permuted_differences(right[0], right[1], means, swap)["accuracy"]
+    found = item_stats.permuted_differences(right[0], right[1], means, swap)["accuracy"]
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-def test_an_image_is_drawn_with_all_that_was_made_of_it():
+def test_an_image_is_drawn_with_its_corrupted_versions():
     ids = np.array([f"image {i}" for i in range(12)])  # "image 10" sorts before "image 2"
     for draw in (bootstrap_weights, swaps):
         for groups in (None, np.array(list("cabbacdacbad"))):
@@ -66,7 +66,7 @@ def test_an_image_is_drawn_with_all_that_was_made_of_it():
             np.testing.assert_array_equal(draw("x", 60, of_made), np.tile(draw("x", 12, groups), 5))
 
 
-def test_what_a_corruption_takes_is_measured_on_the_images_that_are_drawn():
+def test_lost_accuracy_compares_the_same_drawn_images():
     from sklearn.metrics import balanced_accuracy_score
 
     labels, ids = np.arange(40) % 5, np.array([f"image {i}" for i in range(40)])
@@ -104,8 +104,8 @@ def test_referable_auc_is_the_auc_of_the_two_sides():
 
 
 @given(st.integers(0, 10_000))
-def test_ranking_numbers_are_those_of_the_drawn_images(seed):
-    """Weights are counts: the same as repeating images."""
+def test_ranking_metrics_equal_those_of_the_drawn_images(seed):
+    """Weights are counts, so they equal repeated images."""
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(seed)
@@ -133,7 +133,7 @@ def sides(rng: np.random.Generator, count: int = 40) -> Items:
     return Items({"positive": rng.beta(3, 2, count), "negative": rng.beta(2, 2, count)})
 
 
-def test_a_metric_of_ranks_is_permuted_as_the_auc_of_answers_is(make):
+def test_a_rank_metric_is_permuted_like_the_auc_of_answers(make):
     found = make("binary-class", count=60, methods=4)
     swap = swaps("x", 60)
     items = [
@@ -143,32 +143,36 @@ def test_a_metric_of_ranks_is_permuted_as_the_auc_of_answers_is(make):
     expected = stats.permuted_differences(found[:2], found[2:], swap)["auc"]
     ranked = only_ranks(EXTERNAL)
     assert ranked == {"referable_auc": ("probability",)}
-    permuted = own.permuted_differences(items[:2], items[2:], EXTERNAL.measured, swap, ranked)
+    permuted = item_stats.permuted_differences(
+        items[:2], items[2:], EXTERNAL.measured, swap, ranked
+    )
     np.testing.assert_allclose(permuted["referable_auc"], expected, atol=1e-12)
 
 
-def test_a_metric_of_ranks_is_permuted_whatever_the_scale_of_a_method():
-    """Right and wrong images are ranked together, and what is no metric of ranks stays."""
+def test_permuting_a_rank_metric_ignores_the_scale_of_a_method():
+    """Right and wrong images are ranked together; other metrics keep their values."""
     rng = np.random.default_rng(0)
     ours, theirs, swap = sides(rng), sides(rng), swaps("x", 40)
     faint = Items({name: array**5 / 9 for name, array in ours.values.items()})
     measured, ranked = RANKING.measured, only_ranks(RANKING)
     assert ranked == {"ranking_auc": ("positive", "negative")}
-    first = own.permuted_differences([ours], [theirs], measured, swap, ranked)
-    second = own.permuted_differences([faint], [theirs], measured, swap, ranked)
+    first = item_stats.permuted_differences([ours], [theirs], measured, swap, ranked)
+    second = item_stats.permuted_differences([faint], [theirs], measured, swap, ranked)
     np.testing.assert_array_equal(first["ranking_auc"], second["ranking_auc"])
-    alike = own.permuted_differences([ours], [faint], measured, swap, ranked)["ranking_auc"]
+    alike = item_stats.permuted_differences([ours], [faint], measured, swap, ranked)["ranking_auc"]
     np.testing.assert_allclose(alike, 0, atol=1e-12)
-    raw = own.permuted_differences([ours], [theirs], measured, swap)
+    raw = item_stats.permuted_differences([ours], [theirs], measured, swap)
     for name in ("overlap", "positive", "negative"):
         np.testing.assert_array_equal(first[name], raw[name])
     assert list(first) == list(raw)
     seen = [points(one, measured)["ranking_auc"][0] for one in (ours, theirs)]
-    none = own.permuted_differences([ours], [theirs], measured, np.zeros((1, 40), bool), ranked)
+    none = item_stats.permuted_differences(
+        [ours], [theirs], measured, np.zeros((1, 40), bool), ranked
+    )
     assert none["ranking_auc"][0] == pytest.approx(seen[0] - seen[1])
 
 
-def test_a_suite_says_which_of_its_metrics_are_of_ranks():
+def test_a_suite_names_its_rank_metrics():
     rng = np.random.default_rng(2)
     ours, theirs = sides(rng), sides(rng)
     faint = Items({name: array**5 for name, array in ours.values.items()})
@@ -176,7 +180,7 @@ def test_a_suite_says_which_of_its_metrics_are_of_ranks():
     def permuted(of: Suite, one: Items) -> dict[str, np.ndarray]:
         cells = {"crt": _Cell([], {}, [], [one]), "vanilla": _Cell([], {}, [], [theirs])}
         table_of(of)._resample_items("x", cells)
-        assert not cells["vanilla"].permuted  # it is the reference
+        assert not cells["vanilla"].permuted  # the reference
         return cells["crt"].permuted
 
     found = [permuted(RANKING, one) for one in (ours, faint)]
@@ -188,7 +192,7 @@ def test_a_suite_says_which_of_its_metrics_are_of_ranks():
     assert (found[0]["ranking_auc"] != found[1]["ranking_auc"]).any()
 
 
-def test_sums_of_distances_alone_have_their_resamples_moved_back():
+def test_only_biased_metrics_get_centred_intervals():
     every = [suite(name) for name in SUITES]
     biased = {metric.name for one in every for metric in one.metrics if metric.biased}
     assert biased == {"ece", "overlap"}
@@ -213,8 +217,8 @@ def test_sums_of_distances_alone_have_their_resamples_moved_back():
     assert table._difference(cells, "vanilla", "overlap") == {}
 
 
-def test_average_counts_images_once_however_many_sets_show_them():
-    """Three corruptions of one dataset weigh as much as the only one of another."""
+def test_average_counts_images_once_however_many_sets_contain_them():
+    """Three corruptions of one dataset weigh as much as the single one of another."""
     rng = np.random.default_rng(0)
     found = {}
     for name in ("a+blur", "a+noise", "a+fog", "b+blur"):
@@ -230,12 +234,12 @@ def test_average_counts_images_once_however_many_sets_show_them():
     for of in (lambda c: c.points, lambda c: c.resampled, lambda c: c.permuted):
         one = expected(lambda cell, of=of: np.array(of(cell)["accuracy"]))
         np.testing.assert_allclose(of(done)["accuracy"], one)
-    plain = table_of(EXTERNAL)._average(found)["tsm"]  # there every set shows its own images
+    plain = table_of(EXTERNAL)._average(found)["tsm"]  # every set has different images
     every = [cells["tsm"].points["accuracy"] for cells in found.values()]
     np.testing.assert_array_equal(plain.points["accuracy"], np.mean(every, axis=0))
 
 
-def test_a_record_keeps_what_items_are_measured_of():
+def test_items_survive_a_record():
     items = Items({"a": np.array([0.123456789, 1.0])}, np.array(["p", "q"]))
     again = Items.of(items.card())
     assert again.values["a"].tolist() == [0.123457, 1.0]

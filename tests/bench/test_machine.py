@@ -1,4 +1,4 @@
-"""Suites that measure the machine: the instrument, the peers, and the files they leave."""
+"""Machine suites: clock, memory, peers, and the files that they write."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def test_variants_take_turns_and_the_first_round_is_not_kept():
     assert found == {"a": [[2.0], [4.0]], "b": [[3.0], [5.0]]}
 
 
-def test_memory_is_what_a_call_holds_at_most():
+def test_peak_memory_of_a_call():
     def call():
         first = torch.zeros(2**20, device=DEVICE)  # 4 MiB
         second = first + 1
@@ -57,8 +57,8 @@ def test_memory_is_what_a_call_holds_at_most():
     assert speed.peak_mib(call, DEVICE) == pytest.approx(8, rel=0.1)
 
 
-def test_memory_of_long_work_is_what_it_holds_beyond_what_was_there():
-    kept = torch.ones(2**24, device=DEVICE)  # 64 MiB from before
+def test_memory_of_long_work_excludes_memory_held_before():
+    kept = torch.ones(2**24, device=DEVICE)  # 64 MiB, held before
     with Held() as held:
         work = kept + 1
         work = work * 2  # old and new at once: 128 MiB
@@ -66,7 +66,7 @@ def test_memory_of_long_work_is_what_it_holds_beyond_what_was_there():
     freed = torch.ones(2**24, device=DEVICE)
     del freed, work
     with Held() as held:
-        again = kept + 1  # in what was freed
+        again = kept + 1  # reuses the freed memory
     assert held.mib == pytest.approx(64, rel=0.1)
     assert again.sum() > 0
 
@@ -75,15 +75,15 @@ def test_memory_of_long_work_is_what_it_holds_beyond_what_was_there():
 @pytest.mark.parametrize("operation", peers.OPERATIONS)
 def test_implementations_compute_the_same_loss_and_gradient(implementation, operation):
     inputs = peers.Inputs.random(9, 8, 50, torch.float32, "cpu")
-    assert all(branch.is_leaf for branch in inputs[:3])  # none hangs on another's graph
+    assert all(branch.is_leaf for branch in inputs[:3])  # none is part of another's graph
     found = peers.peers("cpu")[0][implementation][operation]
     value, gradient = kernels._with_gradient(found, inputs)
-    truth, expected = kernels._with_gradient(kernels._truth(operation), inputs)
+    truth, expected = kernels._with_gradient(peers.REFERENCE[operation], inputs)
     torch.testing.assert_close(value, truth, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_every_peer_is_there_or_missing_with_a_reason():
+def test_every_peer_is_found_or_missing_with_a_reason():
     found, missing = peers.peers(DEVICE)
     assert not set(found) & set(missing)
     named = {
@@ -97,7 +97,7 @@ def test_every_peer_is_there_or_missing_with_a_reason():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The suites at sizes of milliseconds, two rounds."""
+    """Suites at sizes that take milliseconds, two rounds."""
     monkeypatch.setattr(
         speed.interleaved, "__kwdefaults__", {"rounds": (2, 2), "budget_seconds": 0}
     )
@@ -117,7 +117,7 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("name", MACHINE_SUITES)
-def test_a_machine_suite_leaves_its_three_files(name, quick, tmp_path):
+def test_a_machine_suite_writes_its_three_files(name, quick, tmp_path):
     said = []
     written = run_machine_suite(name, tmp_path, command="python -m bench", note=said.append)
     table, page, stamp = written
@@ -150,7 +150,7 @@ def test_a_trace_is_written_on_request(quick, tmp_path):
 
 
 @pytest.mark.parametrize("short", [True, False])
-def test_short_losses_are_called_twice_in_their_turn_and_both_times_are_given(short, monkeypatch):
+def test_short_losses_run_twice_per_turn_and_report_both_times(short, monkeypatch):
     few = {"rounds": (3, 3), "budget_seconds": 0}
     monkeypatch.setattr(speed.interleaved, "__kwdefaults__", few)
     monkeypatch.setattr(kernels, "SHORT", 1e9 if short else 0)
@@ -169,7 +169,7 @@ def test_short_losses_are_called_twice_in_their_turn_and_both_times_are_given(sh
     assert all(row["pass"] == "both" and row["low"] <= row["value"] <= row["high"] for row in cold)
 
 
-def test_a_peer_that_fails_is_named_and_stops_nobody(monkeypatch):
+def test_a_failing_peer_is_named_and_the_others_still_run(monkeypatch):
     def broken(inputs):
         raise torch.OutOfMemoryError("no room\nfor details")
 
@@ -183,14 +183,14 @@ def test_a_peer_that_fails_is_named_and_stops_nobody(monkeypatch):
     assert failed == {"theirs": "OutOfMemoryError: no room"}
 
 
-def test_columns_are_the_contracts():
+def test_columns_are_fixed():
     assert ",".join(kernels.COLUMNS) == (
         "device,dtype,operation,implementation,rows,hidden,vocab,pass,quantity,value,low,high"
     )
     assert ",".join(step.COLUMNS) == "device,dtype,shape,batch,variant,quantity,value,low,high"
 
 
-def test_token_counts_are_what_the_model_reads(quick):
+def test_token_counts_match_the_tokens_that_the_model_reads(quick):
     bench = step.Bench(step.SHAPES["tiny"], 2, torch.float32, "cpu")
     read: list[int] = []
     inner = bench.vlm.model.model.language_model
@@ -204,7 +204,7 @@ def test_token_counts_are_what_the_model_reads(quick):
         assert sum(read) == bench.tokens()[name], name
 
 
-def test_kernels_need_no_library_of_the_data():
+def test_kernels_suite_imports_without_the_data_libraries():
     blocked = ("medmnist", "timm", "sklearn", "accelerate", "peft", "transformers")
     code = (
         f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"

@@ -29,7 +29,7 @@ def take(data, at):
     return Scored(data.spec, data.labels[at], data.probability[at], data.predicted[at], generated)
 
 
-def test_answers_that_are_finer_than_the_labels_are_one_class():
+def test_answers_finer_than_the_labels_merge_into_one_class():
     names = ("none", "mild", "moderate", "severe", "proliferative")
     spec = DatasetSpec(
         name="merged", task="ordinal-regression", classes=(*names[:3], "severe or worse"),
@@ -85,7 +85,7 @@ def test_multi_label_equals_sklearn(make, kind):
     assert np.array(confusion(data)).sum() == y.size
 
 
-def test_multi_label_probability_is_the_mass_of_the_candidates_that_hold_it():
+def test_multi_label_probability_sums_the_candidates_with_that_label():
     spec = DatasetSpec(
         name="toy", task=MULTI, classes=("a", "b"), modality="m", n_channels=1,
         n_samples={"train": 3, "val": 1, "test": 1}, license="", source="", head="toy",
@@ -105,7 +105,7 @@ def test_multi_label_probability_is_the_mass_of_the_candidates_that_hold_it():
 
 
 @pytest.mark.parametrize("task", SINGLE)
-def test_calibration_error_by_its_definition(make, task):
+def test_calibration_error_matches_its_definition(make, task):
     (data,) = make(task)
     confidence, right = data.probability.max(1), data.predicted == data.labels
     error = 0.0
@@ -132,7 +132,7 @@ def test_weights_are_counts_of_images(make, task):
             )
 
 
-def test_absent_class_leaves_the_means(make):
+def test_means_leave_out_an_absent_class(make):
     (data,) = make("multi-class")
     kept = take(data, np.flatnonzero(data.labels != 3))
     per_class = [sk.roc_auc_score(kept.labels == k, kept.probability[:, k]) for k in range(3)]
@@ -144,7 +144,7 @@ def test_absent_class_leaves_the_means(make):
         assert np.isnan(value(one, "auc"))
 
 
-def test_a_class_never_named_nor_there_counts_as_zero(make):
+def test_an_absent_class_never_predicted_counts_as_zero(make):
     (data,) = make("multi-class")
     exact = Scored(data.spec, data.labels % 2, data.probability, data.labels % 2, None)
     assert value(exact, "accuracy") == 1
@@ -161,7 +161,7 @@ def test_a_class_never_named_nor_there_counts_as_zero(make):
         ("candidates", (80, 4), -np.inf, "infinite"),
     ],
 )
-def test_a_prediction_that_does_not_fit_is_an_error(make, kind, shape, number, match):
+def test_a_mismatched_prediction_is_an_error(make, kind, shape, number, match):
     (data,) = make("multi-class")
     with pytest.raises(ValueError, match=match):
         scored(data.spec, data.labels, Prediction("toy", kind, np.full(shape, number)))

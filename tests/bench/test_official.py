@@ -1,4 +1,4 @@
-"""medmnist's own Evaluator reads from our result files what we measured."""
+"""medmnist's Evaluator computes our metrics from our result files."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ for path in sys.argv[1:]:
 
 
 def small(flag, size):
-    """An official set of the same form, its counts set to what is there."""
+    """A small dataset in the form of an official one."""
     rng = np.random.default_rng(size)
     spec = replace(medmnist.spec(flag), n_samples={"train": 50, "val": 50, "test": 50})
     parts = {}
@@ -60,7 +60,7 @@ def record_of(plan, datasets, folder):
     return record
 
 
-def test_medmnist_reads_the_same_figures(plan, tmp_path):
+def test_medmnist_computes_the_same_metrics(plan, tmp_path):
     home, written = tmp_path / "home", []
     (home / ".medmnist").mkdir(parents=True)
     for size in (28, 64):
@@ -79,7 +79,7 @@ def test_medmnist_reads_the_same_figures(plan, tmp_path):
     assert {path.name for path in tmp_path.rglob("*@again.csv")} == expected
 
 
-def test_old_figures_are_replaced(plan, tmp_path):
+def test_files_with_old_metrics_are_replaced(plan, tmp_path):
     record = record_of(plan, {"breastmnist": small("breastmnist", 28)}, tmp_path)
     old = tmp_path / "official" / f"breastmnist_test_[AUC]0.001_[ACC]0.001@{record.name}.csv"
     kept = tmp_path / "official" / "breastmnist_test_[AUC]0.001_[ACC]0.001@mine.csv"
@@ -97,7 +97,7 @@ def test_old_figures_are_replaced(plan, tmp_path):
      {"images": {"train": 49, "val": 50, "test": 50}}],
     ids=str,
 )  # fmt: skip
-def test_only_real_whole_verified_runs_are_official(plan, tmp_path, change):
+def test_only_complete_verified_medmnist_runs_are_official(plan, tmp_path, change):
     record = record_of(plan, {"breastmnist": small("breastmnist", 28)}, tmp_path)
     card = record.data["breastmnist"]
     assert is_official(card)

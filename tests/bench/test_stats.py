@@ -1,4 +1,4 @@
-"""Intervals that cover, tests that hold their level, and shortcuts that equal the long way."""
+"""Coverage of intervals, level of tests, and fast formulas against slow ones."""
 
 from dataclasses import replace
 from itertools import product
@@ -24,7 +24,7 @@ from vitask.decision import Scored
 
 
 def swapped(ours, reference, swap):
-    """The long way: exchange the answers of the chosen images."""
+    """The slow way: swap the answers of the chosen images."""
 
     def chosen(a, b):
         if a is None or b is None:
@@ -46,13 +46,13 @@ def ranked(data):
 
 
 def tempered(data):
-    """Other confidence in every class, the same order of images."""
+    """Changes the confidence in every class, but not the order of images."""
     powers = 2 + np.arange(data.probability.shape[1])
     return replace(data, probability=data.probability**powers)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_permutation_equals_exchanging_the_answers(make, task):
+def test_permutation_equals_swapping_the_answers(make, task):
     found = make(task, count=40, methods=4)
     ours, reference = found[:2], found[2:]  # two seeds each
     swap = swaps("toy", 40)[:7]
@@ -61,7 +61,7 @@ def test_permutation_equals_exchanging_the_answers(make, task):
         differences = []
         for a, b in zip(ours, reference, strict=True):
             mine, theirs = measure(swapped(a, b, chosen)), measure(swapped(b, a, chosen))
-            a, b = ranked(a), ranked(b)  # of AUC the ranks are exchanged
+            a, b = ranked(a), ranked(b)  # AUC swaps ranks
             mine |= {"auc": measure(swapped(a, b, chosen))["auc"]}
             theirs |= {"auc": measure(swapped(b, a, chosen))["auc"]}
             differences.append({m: (mine[m] - theirs[m])[0] for m in mine})
@@ -72,7 +72,7 @@ def test_permutation_equals_exchanging_the_answers(make, task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_permuted_auc_knows_nothing_of_confidence(make, task):
+def test_permuted_auc_ignores_confidence(make, task):
     ours, reference = make(task, count=60, methods=2)
     swap = swaps("toy", 60)
     expected = permuted_differences([ours], [reference], swap)["auc"]
@@ -82,7 +82,7 @@ def test_permuted_auc_knows_nothing_of_confidence(make, task):
     np.testing.assert_allclose(alike, 0, atol=1e-12)
 
 
-def test_permutation_when_only_one_of_two_methods_writes(make):
+def test_permutation_when_only_one_method_generates_answers(make):
     ours, reference = make("multi-class", methods=2)
     mute = Scored(
         reference.spec, reference.labels, reference.probability, reference.predicted, None
@@ -90,7 +90,7 @@ def test_permutation_when_only_one_of_two_methods_writes(make):
     assert "gen_accuracy" not in permuted_differences([ours], [mute], swaps("toy", 80))
 
 
-def test_exact_p_of_a_small_case(make):
+def test_exact_p_value_of_a_small_case(make):
     (right,) = make("binary-class", count=6)
     right = Scored(right.spec, right.labels, np.eye(2)[right.labels], right.labels, None)
     wrong = Scored(right.spec, right.labels, np.eye(2)[1 - right.labels], 1 - right.labels, None)
@@ -100,7 +100,7 @@ def test_exact_p_of_a_small_case(make):
     assert p_value(0.0, permuted) == 1.0
 
 
-def test_p_is_uniform_when_nothing_differs(make):
+def test_p_values_are_uniform_under_the_null(make):
     p = {"macro_f1": [], "auc": []}
     for seed in range(150):
         ours, reference = make("multi-class", count=60, methods=2, seed=seed)
@@ -125,7 +125,7 @@ def test_interval_covers_the_truth(make):
     assert all(count >= 50 for count in covered.values()), covered
 
 
-def test_seeds_are_averaged_before_anything_else(make):
+def test_metrics_are_averaged_over_seeds_first(make):
     first, second = make("multi-class", count=30, methods=2)
     weights = bootstrap_weights("toy", 30)
     both = resampled([first, second], weights)
@@ -134,7 +134,7 @@ def test_seeds_are_averaged_before_anything_else(make):
         np.testing.assert_allclose(both[metric], (one[metric] + two[metric]) / 2)
 
 
-def test_draws_depend_on_the_name_alone_and_respect_groups():
+def test_draws_depend_on_the_name_alone_and_keep_groups_together():
     groups = np.array(["p1", "p2", "p1", "p3", "p2"])
     weights, swap = bootstrap_weights("a", 5), swaps("a", 5)
     assert weights.shape == swap.shape == (RESAMPLES, 5)
@@ -189,13 +189,13 @@ def test_a_centred_interval_stays_within_the_bounds_of_its_metric():
     assert low < 0
 
 
-def test_interval_of_a_biased_metric_holds_its_estimate(make):
-    """Of an error whose resamples nearly all lie above it, and of a difference of two."""
+def test_centred_interval_contains_the_estimate(make):
+    """An error below nearly all of its resamples, and a difference of two such errors."""
     rng = np.random.default_rng(0)
     (data,) = make("binary-class", count=150)
     weights = bootstrap_weights("toy", 150)
     methods = []
-    for _ in range(2):  # three seeds each, right as often as they say
+    for _ in range(2):  # three seeds each, perfectly calibrated
         sure = rng.uniform(0.5, 1, (3, 150))
         right = rng.random((3, 150)) < sure
         predicted = np.where(right, data.labels, 1 - data.labels)
@@ -217,9 +217,9 @@ def test_interval_of_a_biased_metric_holds_its_estimate(make):
     assert low < seen[0] - seen[1] < high
 
 
-def test_interval_of_a_biased_metric_covers_what_so_many_images_give():
-    """A calibrated method: its mean error over many test sets lies in nearly all their intervals,
-    and in far fewer of those that the resamples' own percentiles give."""
+def test_centred_interval_covers_the_mean_error_at_this_number_of_images():
+    """A calibrated method's mean error over many test sets lies in nearly all their intervals, and
+    in far fewer plain percentile intervals."""
     rng = np.random.default_rng(1)
 
     def error(confidence, right, weights):

@@ -1,7 +1,7 @@
-"""Corrupted images as MedMNIST-C defines them, made by its own package `medmnistc`.
+"""Corrupted images as MedMNIST-C defines them, made by its package `medmnistc`.
 
-The package is optional: it pins an older medmnist, so no extra can name it, and it needs
-ImageMagick's library. `missing` says how to get it. Its severities are meant for images of 224
+The package is optional. It pins an older medmnist, so no extra can name it, and it needs
+ImageMagick's library; `missing` says how to install it. Its severities are meant for images of 224
 pixels: smaller ones are enlarged to 224, corrupted, and reduced again.
 """
 
@@ -21,8 +21,8 @@ from vitask.data.medmnist import MODALITY
 from vitask.data.spec import Dataset, DatasetSpec, Split
 
 SEVERITIES = 5
-MARK = "+"  # between a dataset's name and its corruption's
-SIDE = 224  # pixels, of the images that the severities are made for
+MARK = "+"  # between the names of a dataset and a corruption
+SIDE = 224  # pixels; the image size that the severities are meant for
 PICKLED = {"stain_deposit": "its inks are a pickled file, and nothing is unpickled here"}
 INSTALL = (
     "pip install --no-deps medmnistc==0.1.0; pip install opencv-python-headless scikit-image wand; "
@@ -32,19 +32,19 @@ INSTALL = (
 
 @cache
 def missing() -> str | None:
-    """Why the package cannot be used here, and what to do; None if it can."""
+    """Why the package cannot be used and how to install it; None if it can be used."""
     try:
         import medmnistc.corruptions.registry  # noqa: F401
-    except Exception as error:  # Wand without its library raises whatever it likes
+    except Exception as error:  # Wand raises various errors without its library
         text = str(error).strip().splitlines() or [type(error).__name__]
         return f"medmnistc cannot be imported ({text[0]}); {INSTALL}"
     return None
 
 
 def listed(spec: DatasetSpec) -> dict[str, Any]:
-    """Corruption -> its maker, as MedMNIST-C lists them for the set, or for its modality.
+    """Corruption -> its maker, as MedMNIST-C lists them for the dataset or its modality.
 
-    Empty for a modality that it does not know.
+    Empty for an unknown modality.
     """
     from medmnistc.corruptions.registry import CORRUPTIONS_DS
 
@@ -55,7 +55,7 @@ def listed(spec: DatasetSpec) -> dict[str, Any]:
 
 
 def split_listed(spec: DatasetSpec) -> tuple[list[str], dict[str, str]]:
-    """What can be made of a set's list, and what cannot -> why. Every maker is tried once."""
+    """A dataset's corruptions that work, and the others -> reason. Tries every maker once."""
     usable, lacking = [], {}
     probe = np.full((1, SIDE, SIDE, 3), 128, dtype=np.uint8)
     for name in listed(spec):
@@ -65,7 +65,7 @@ def split_listed(spec: DatasetSpec) -> tuple[list[str], dict[str, str]]:
         try:
             corrupted(probe, spec, name)
             usable.append(name)
-        except Exception as error:  # of a package that we do not keep: named, not replaced
+        except Exception as error:  # a third-party package may raise anything
             lacking[name] = f"{type(error).__name__}: {error}"
     return usable, lacking
 
@@ -80,7 +80,7 @@ def corrupted(images: np.ndarray, spec: DatasetSpec, name: str) -> np.ndarray:
     large = [_resized(Image.fromarray(image).convert("RGB"), SIDE) for image in images]
     done = []
     with _seeded(f"{spec.name}/{name}") as rng, patch.object(np, "fromstring", np.frombuffer):
-        # Motion blur reads bytes by a function that NumPy 2.3 gave up for this one.
+        # Motion blur reads bytes with np.fromstring, which NumPy 2.3 no longer allows.
         maker.rng = rng  # impulse noise draws from it
         for severity in range(SEVERITIES):
             for image in large:
@@ -91,7 +91,7 @@ def corrupted(images: np.ndarray, spec: DatasetSpec, name: str) -> np.ndarray:
 
 
 def _resized(image: Image.Image, side: int) -> Image.Image:
-    """Enlarged smoothly, reduced by averaging; as it is where the size fits."""
+    """The image enlarged smoothly, reduced by averaging, or unchanged if its size fits."""
     if image.width == side:
         return image
     how = Image.Resampling.BICUBIC if side > image.width else Image.Resampling.BOX
@@ -100,7 +100,7 @@ def _resized(image: Image.Image, side: int) -> Image.Image:
 
 @contextmanager
 def _seeded(text: str) -> Iterator[np.random.Generator]:
-    """The package draws from Python's and NumPy's global generators; they are given back."""
+    """Seed Python's and NumPy's global generators, which the package uses; restore them after."""
     seed = zlib.crc32(f"corruption/{text}".encode())
     before = random.getstate(), np.random.get_state()  # noqa: NPY002
     random.seed(seed)
@@ -115,10 +115,10 @@ def _seeded(text: str) -> Iterator[np.random.Generator]:
 def relative_errors(
     spec: DatasetSpec, clean: float, errors: dict[str, float]
 ) -> dict[str, tuple[float, float]]:
-    """Corruption -> MedMNIST-C's BE and RBE: balanced errors over AlexNet's, as its paper has them.
+    """Corruption -> MedMNIST-C's BE and RBE: balanced errors relative to AlexNet's, as in its paper.
 
-    clean, errors: balanced error on clean images, and on each corruption, mean over severities.
-    Its AlexNet was trained at 224 pixels: compare nothing smaller with it. Empty for other sets.
+    clean, errors: balanced error on clean images, and per corruption, averaged over severities.
+    Its AlexNet was trained at 224 pixels, so compare only that size. Empty for other datasets.
     """
     from medmnistc.utils.baselines import BASELINES
 
@@ -132,12 +132,12 @@ def relative_errors(
 
 
 def base_of(dataset: str) -> str:
-    """The dataset that was corrupted."""
+    """The name of the clean dataset."""
     return dataset.partition(MARK)[0]
 
 
 def described(clean: Dataset, corruption: str) -> Dataset:
-    """Labels, ids and groups of a corrupted set, over a black image that takes no memory."""
+    """A corrupted dataset's labels, ids and groups, with black images that take no memory."""
     test = clean.splits["test"]
     split = Split(
         np.broadcast_to(np.uint8(0), (SEVERITIES * len(test), *test.images.shape[1:])),
