@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +178,14 @@ class Samples:
     labels: np.ndarray
     groups: np.ndarray | None
     prediction: "Prediction"
+
+    def take(self, rows: np.ndarray) -> "Samples":
+        """The images of these rows, in this order."""
+        given, groups = self.prediction, self.groups
+        written = given.generated and [given.generated[row] for row in rows]
+        taken = replace(given, log_probability=given.log_probability[rows], generated=written)
+        groups = None if groups is None else groups[rows]
+        return Samples(self.ids[rows], self.labels[rows], groups, taken)
 
 
 def read_samples(path: Path) -> dict[str, Samples]:

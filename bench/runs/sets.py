@@ -218,12 +218,10 @@ def delete(folder: Path, suites: Sequence[str], paths: Sequence[Path]) -> None:
     for place in (folder, *folder.glob(f"{UNFINISHED}/*"), *folder.glob(f"{SUPERSEDED}/*")):
         manifest = read_manifest(place)
         left = {suite: entry for suite, entry in manifest.items() if suite not in suites}
-        if left == manifest:
-            continue
-        if left or place == folder:
-            write_manifest(place, left)
-        else:
+        if manifest and not left and place != folder:
             shutil.rmtree(place)
+        elif left != manifest:
+            write_manifest(place, left)
 
 
 def collect(source: Path, target: Path, note: Callable[[str], None]) -> list[str]:
