@@ -191,11 +191,13 @@ def report(
     out: Out = Path("leaderboards"),
 ) -> None:
     """Render tables and pages again from the records and samples; needs no data."""
+    from bench.api import check_out
     from bench.report.render import write
     from bench.runs.sets import locked
 
     broken: list[str] = []
     for folder in _runs(folders, out):
+        check_out(folder, folder)
         with locked(folder):
             for records in _suites(folder, broken):
                 for path in write(folder, records)[0]:
@@ -281,6 +283,7 @@ def compare(
 
     Images are paired by id. An argument that is a folder with a run.json is a run.
     """
+    from bench.api import check_out
     from bench.commands import compare as comparison
     from bench.commands.show import frame_text
     from bench.runs.files import write_text
@@ -288,6 +291,8 @@ def compare(
     from bench.suite import suite as suite_of
 
     check_known("suite", suite, SUITES)
+    if csv is not None:
+        check_out(csv.parent)
     given = [(Path(one) / "run.json").is_file() for one in (first, second)]
     if any(given) and not all(given):
         other = second if given[0] else first

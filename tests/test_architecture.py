@@ -23,6 +23,7 @@ TOP_LEVEL = {
     "CONTRIBUTING.md",
     "LICENSE",
     "README.md",
+    "constraints-oldest.txt",
     "constraints.txt",
     "pyproject.toml",
     "tox.ini",

@@ -213,6 +213,8 @@ class _Reader:
                     given.value = _silent(given.value)
             case ast.Assert(msg=ast.expr() as message):
                 node.msg = _silent(message)
+            case ast.Call(func=ast.Attribute(attr="note" | "advance" | "skip")):  # progress
+                node.args = [_silent(value) for value in node.args]
             case ast.keyword() if node.arg in self.prose:
                 node.value = _silent(node.value)
             case ast.Call(func=ast.Name(id="Method" | "Metric" | "Published")):

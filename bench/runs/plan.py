@@ -116,6 +116,13 @@ class Job:
         return sum(training_units(one, images) for one in models) + self.suite.scorings * scored
 
     @property
+    def prefix(self) -> str:
+        """Of models' names: other sizes and other training data have names of their own."""
+        if type(self.suite).trained_on is not Suite.trained_on:
+            return f"{self.suite.name}-"
+        return "study-" if self.suite.study else ""
+
+    @property
     def test_images(self) -> int:
         return images_of(self.evaluated, ("test",))
 

@@ -106,7 +106,7 @@ class Record:
         except (ValueError, TypeError) as error:  # not JSON, not UTF-8, other fields
             raise ValueError(
                 f"{path} is not a whole record ({error}); put it back from a copy, or run the "
-                "suite with --fresh to compute it again"
+                "suite again: it computes this record alone"
             ) from error
 
     def damage(self, folder: Path) -> str | None:
@@ -193,7 +193,9 @@ def read_samples(path: Path) -> dict[str, Samples]:
     from vitask.score import Prediction
 
     try:
-        table = pq.read_table(path).cast(SCHEMA)  # older files hold float64
+        table = pq.read_table(path)  # older files hold float64
+        if table.schema.names != SCHEMA.names:
+            raise ValueError(f"its columns are {', '.join(table.schema.names)}")
     except (OSError, pa.ArrowInvalid, ValueError) as error:
         raise ValueError(f"{path} is not a whole samples file ({error})") from error
     found = {}

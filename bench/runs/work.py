@@ -61,6 +61,7 @@ class Work:
 
     datasets: what is trained on; evaluated: what is scored (often the same)
     cache:    shared by all seeds and suites of a run
+    prefix:   of the models' names
     """
 
     suite: str
@@ -72,6 +73,7 @@ class Work:
     versions: dict[str, str]
     progress: "Advancing"
     cache: dict[Any, Any] = field(default_factory=dict)
+    prefix: str = ""
     _used: set[str] = field(default_factory=set)  # keys of models
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -234,7 +236,7 @@ class Work:
         """The model of these ingredients, trained now or before, and its note."""
         place = self.folder / "checkpoints"
         model, note = kept(
-            place, f"{training.name}-seed{self.seed}", key(ingredients), self.suite,
+            place, f"{self.prefix}{training.name}-seed{self.seed}", key(ingredients), self.suite,
             prepare, save, load,
         )  # fmt: skip
         note["found"] = note["found"] and note["key"] not in self._used  # counted once
