@@ -286,9 +286,9 @@ def compare(
     from bench.api import check_out
     from bench.commands import compare as comparison
     from bench.commands.show import frame_text
-    from bench.runs.files import write_text
     from bench.runs.sets import read_manifest
     from bench.suite import suite as suite_of
+    from vitask.files import write_text
 
     check_known("suite", suite, SUITES)
     if csv is not None:

@@ -4,6 +4,8 @@ Training, scoring and generation build their prompts here, and every record hold
 hash.
 """
 
+import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -74,6 +76,12 @@ FORMS: dict[str, tuple[str, Callable[[Names], Names]]] = {
     "paraphrase_3": ("Which of the following does the {modality} image show: {labels}?", _all),
     "empty": ("", _all),
 }
+
+
+def sha256(prompts: Mapping[str, str]) -> str:
+    """Digest of the instructions of some datasets, by name."""
+    text = json.dumps(dict(prompts), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def answer(spec: DatasetSpec, label: int | np.integer | np.ndarray) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from bench.report.official import official_files, official_texts
 from bench.report.render import render
@@ -60,11 +59,9 @@ def _record(folder: Path, record: Record, datasets: Mapping[str, Dataset]) -> li
     samples = read_samples(samples_path(folder, record.name))
     if list(samples) != list(record.confusion):
         return [f"samples hold {list(samples)}, the record {list(record.confusion)}"]
-    for name, sample in samples.items():
-        if name not in datasets:
-            return [f"{name}: not a dataset of this run's data"]
-        if wrong := _inputs(record.data[name], sample, datasets[name]):
-            return [f"{name}: {wrong}"]
+    wrong = {name: _inputs(record, name, s, datasets.get(name)) for name, s in samples.items()}
+    if any(wrong.values()):
+        return [f"{name}: {text}" for name, text in wrong.items() if text]
     items = {name: Items.of(card) for name, card in record.items.items()}
     predictions = [sample.prediction for sample in samples.values()]
     outcome = Outcome(record.method, predictions, items=items)
@@ -82,9 +79,11 @@ def _record(folder: Path, record: Record, datasets: Mapping[str, Dataset]) -> li
     return found
 
 
-def _inputs(card: Mapping[str, Any], sample: Samples, dataset: Dataset) -> str:
+def _inputs(record: Record, name: str, sample: Samples, dataset: Dataset | None) -> str:
     """How images, labels or groups differ from the data; empty if they do not."""
-    test = dataset.splits["test"]
+    if dataset is None:
+        return "not a dataset of this run's data"
+    card, test = record.data[name], dataset.splits["test"]
     if card["md5"] != dataset.md5:
         return f"the data's MD5 is {dataset.md5}, the record says {card['md5']}"
     if sample.ids.tolist() != test.ids.tolist():

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.runs.memory import MIB
+from vitask.memory import MIB
 
 FLUSHED = 256 * MIB  # bytes written before each measurement on CUDA; more than any L2 cache holds
 ROUNDS = (5, 30)  # at least, at most

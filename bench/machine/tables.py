@@ -12,8 +12,8 @@ import torch
 from bench.machine.speed import device_name, slug
 from bench.report.page import ENVIRONMENT
 from bench.runs.environment import commit, hardware, versions
-from bench.runs.files import write_text
 from bench.suite import Measured, machine_suite
+from vitask.files import write_text
 
 LIBRARIES = ("torch", "triton", "transformers", "peft", "liger-kernel", "cut-cross-entropy")
 

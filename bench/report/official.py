@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench.runs.files import write_text
 from bench.runs.records import Record, read_samples, samples_path
 from bench.runs.sets import OFFICIAL
 from bench.stats.metrics import measure
+from vitask.data.medmnist import result_name
 from vitask.decision import scored
+from vitask.files import write_text
 from vitask.prompts import Candidates
 
 SUITE = "main"
@@ -53,7 +54,7 @@ def official_texts(folder: Path, records: Sequence[Record]) -> dict[str, str]:
                 known = Candidates.of_card(record.candidates[name], len(specs[name].classes))
             data = scored(specs[name], samples[name].labels, samples[name].prediction, known)
             point = measure(data)
-            file = file_name(
+            file = result_name(
                 name,
                 record.data[name]["size"],
                 auc=float(point["auc"][0]),
@@ -69,11 +70,6 @@ def is_official(card: dict[str, Any]) -> bool:
     used, published = card["images"], card["spec"]["n_samples"]
     complete = all(used[split] == published[split] for split in ("train", "test"))
     return card["source"] == "medmnist" and card["md5_ok"] and complete
-
-
-def file_name(flag: str, size: int, *, auc: float, accuracy: float, run: str) -> str:
-    suffix = "" if size == 28 else f"_{size}"
-    return f"{flag}{suffix}_test_[AUC]{auc:.3f}_[ACC]{accuracy:.3f}@{run}.csv"
 
 
 def _text(probability: np.ndarray) -> str:

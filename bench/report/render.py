@@ -10,9 +10,9 @@ from bench.report.figures import draw
 from bench.report.official import write_official
 from bench.report.page import page
 from bench.report.table import csv_text, tabulate
-from bench.runs.files import write_text
 from bench.runs.records import Record
 from bench.suite import suite
+from vitask.files import write_text
 
 
 def render(folder: Path, records: Sequence[Record]) -> tuple[dict[str, str], pd.DataFrame]:

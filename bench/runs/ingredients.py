@@ -3,15 +3,14 @@
 Equal ingredients give equal results; where they differ, `keys.changes` names the difference.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bench.runs.keys import CODE, code, fields_read, key, weights
-from vitask.data.spec import SPLITS, Dataset
+from vitask.data.spec import Dataset
 from vitask.pocket import POCKET
 from vitask.prompts import instruction
 from vitask.recipes import Recipe
@@ -26,8 +25,8 @@ LEFT_OUT = tuple(
         *("vitask/data/archive", "vitask/data/card", "vitask/data/external", "vitask/data/loading"),
         *("vitask/data/looks", "vitask/data/medmnist", "vitask/data/phantom"),
         # these compute no number
-        *("bench/errors", "bench/runs/files", "bench/runs/ingredients", "bench/runs/keys"),
-        *("bench/runs/memory", "bench/runs/models"),
+        *("bench/errors", "vitask/files", "bench/runs/ingredients", "bench/runs/keys"),
+        *("bench/runs/models", "vitask/memory"),
     )
 )
 # Not decided by these: the name is a label, data enter by content, memory moves features only.
@@ -54,7 +53,7 @@ def model_ingredients(
         WORK
     ]  # hands features to trainings
     for name, dataset in datasets.items():
-        found[f"data.{name}"] = [*data_of(dataset, ("train", "val")), instruction(dataset.spec)]
+        found[f"data.{name}"] = [*dataset.identity(("train", "val")), instruction(dataset.spec)]
     return found | {"seed": seed, "datasets": list(datasets)}
 
 
@@ -69,26 +68,8 @@ def set_ingredients(
     found = _of(code([module, *COMPUTING, *KERNELS], LEFT_OUT), recipe, versions) | _weights(recipe)
     for kind, some in (("data", datasets), ("evaluated", evaluated)):
         for name, dataset in some.items():
-            found[f"{kind}.{name}"] = [*data_of(dataset, SPLITS), instruction(dataset.spec)]
+            found[f"{kind}.{name}"] = [*dataset.identity(), instruction(dataset.spec)]
     return found | {"datasets": [*datasets, *evaluated]}  # their order decides, too
-
-
-def data_of(dataset: Dataset, splits: Sequence[str]) -> list[Any]:
-    """Description and content of some splits, not only their size: limits draw others."""
-    spec = dataset.spec
-    described = [spec.task, spec.n_channels, spec.head, *spec.classes, *map(list, spec.answers)]
-    return [dataset.source, dataset.size, dataset.md5, *described, *ids_of(dataset, splits)]
-
-
-def ids_of(dataset: Dataset, splits: Sequence[str]) -> list[str]:
-    """A digest of the ids, labels and groups of each split."""
-    found = []
-    for split in (dataset.splits[name] for name in splits):
-        digest = hashlib.sha256("\n".join(split.ids.tolist()).encode())
-        digest.update(split.labels.tobytes())
-        digest.update("\n".join(split.groups.tolist() if split.groups is not None else ()).encode())
-        found.append(digest.hexdigest()[:16])
-    return found
 
 
 def _of(modules: Mapping[str, str], recipe: Recipe, versions: Mapping[str, str]) -> dict[str, Any]:

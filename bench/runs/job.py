@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.runs import memory, sets
+from bench.runs import sets
 from bench.runs.environment import commit, hardware
 from bench.runs.ingredients import record_key
 from bench.runs.judge import judge
@@ -16,6 +16,7 @@ from bench.runs.records import Record, record_name, samples_path, write_samples
 from bench.runs.sets import Entry
 from bench.runs.work import Work
 from bench.suite import Outcome
+from vitask import memory
 
 
 @dataclass

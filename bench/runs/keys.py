@@ -113,7 +113,7 @@ def _digest(text: str) -> str:
 def _file(root: Path, *names: str) -> str:
     """The file of the first of these modules that exists."""
     for name in names:
-        if name.split(".")[0] not in PACKAGES and name in sys.modules:  # a user's suite
+        if name.split(".")[0] not in PACKAGES and "SUITE" in dir(sys.modules.get(name)):  # a user's
             return str(sys.modules[name].__file__)
         stem = name.replace(".", "/")
         for path in (f"{stem}/__init__.py", f"{stem}.py"):

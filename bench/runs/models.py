@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench.runs.files import write_text
-from bench.runs.memory import Held
+from vitask.files import write_text
+from vitask.memory import Held
 
 Model = TypeVar("Model")
 NOTE = "training.json"  # in a model's folder

@@ -1,7 +1,6 @@
 """A plan: the request. A job: one suite of it, at its size, with its data."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -17,7 +16,7 @@ from vitask.data import load
 from vitask.data.check import torn_groups
 from vitask.data.spec import Dataset
 from vitask.data.subset import subset
-from vitask.prompts import instruction
+from vitask.prompts import instruction, sha256
 from vitask.recipes import Recipe
 
 LABEL = 40  # characters of the settings in a folder's name; longer ones become a hash
@@ -161,10 +160,10 @@ class Job:
                 "settings": dict(plan.settings),
                 "by_hand": dict(plan.by_hand),
             },
-            "data": {n: _data_card(d) for n, d in self.evaluated.items()},
-            "trained_on": {n: _data_card(d) for n, d in self.datasets.items()},
-            "prompts": prompts(everything),
-            "prompts_sha256": prompts_sha256(everything),
+            "data": {n: d.card() for n, d in self.evaluated.items()},
+            "trained_on": {n: d.card() for n, d in self.datasets.items()},
+            "prompts": (prompts := {n: instruction(d.spec) for n, d in everything.items()}),
+            "prompts_sha256": sha256(prompts),
             "versions": self.versions,
         }
 
@@ -200,27 +199,6 @@ def plan_of(
 def job_of(record: Record, loaded: dict[Any, dict[str, Dataset]], **data: Any) -> Job:
     """The job that a record was made by, its data loaded again."""
     return Job.of(suite(record.suite), plan_of(record, **data), loaded)
-
-
-def prompts(datasets: Mapping[str, Dataset]) -> dict[str, str]:
-    return {name: instruction(dataset.spec) for name, dataset in datasets.items()}
-
-
-def prompts_sha256(datasets: Mapping[str, Dataset]) -> str:
-    text = json.dumps(prompts(datasets), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _data_card(dataset: Dataset) -> dict[str, Any]:
-    return {
-        "source": dataset.source,
-        "size": dataset.size,
-        "md5": dataset.md5,
-        "md5_ok": dataset.md5_ok,
-        "license": dataset.spec.license,
-        "spec": asdict(dataset.spec),
-        "images": {name: len(split) for name, split in dataset.splits.items()},
-    }
 
 
 def _hash(text: str) -> str:

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.runs.files import file_sha256, write_bytes, write_text
 from vitask.data.spec import DatasetSpec
+from vitask.files import file_sha256, write_bytes, write_text
 
 if TYPE_CHECKING:
     from vitask.data.spec import Dataset

@@ -23,11 +23,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from bench.runs.files import write_bytes, write_text
 from bench.runs.ingredients import record_key
 from bench.runs.keys import changes
 from bench.runs.models import models_of
 from bench.runs.records import Record, record_name, record_path, samples_path
+from vitask.files import write_bytes, write_text
 
 MANIFEST = "run.json"
 UNFINISHED, SUPERSEDED = "unfinished", "superseded"

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bench.runs.ingredients import ids_of, model_ingredients
+from bench.runs.ingredients import model_ingredients
 from bench.runs.keys import key
 from bench.runs.models import kept
 from bench.suite import Outcome, Suite, Training
 from vitask.checkpoint import Task, VITask
-from vitask.data.spec import SPLITS, Dataset
-from vitask.data.subset import subset
+from vitask.data.spec import Dataset
+from vitask.data.subset import fraction
 from vitask.decision import rounded
 from vitask.exemplar import feature_kind
 from vitask.features import Features
@@ -113,7 +113,7 @@ class Work:
     @cached_property
     def _checked_features(self) -> tuple[Features, dict[str, int]]:
         """Features, after the check that images reach the scores; cached for all seeds."""
-        images = {name: ids_of(dataset, SPLITS) for name, dataset in self.everything.items()}
+        images = {name: dataset.identity() for name, dataset in self.everything.items()}
         place = ("image", self.recipe.vlm, *self.datasets, key(images))
         if place not in self.cache:
             image = self.features(self.untuned.vlm.image_features)
@@ -134,7 +134,7 @@ class Work:
         planned: whether the suite's `models` name it, so that the time left counts it
         """
         recipe, datasets = training.recipe, datasets or self.datasets
-        cost = TSM_SAMPLE * images_of(datasets) if planned else 0.0
+        cost = TSM_SAMPLE * images_of(self.datasets) * training.share * planned
 
         def train() -> tuple[TSM, Any]:
             return train_tsm(datasets, recipe, self.seed, on_epoch=self._on_epoch(cost, training))
@@ -168,7 +168,7 @@ class Work:
         else:
             exemplar = self.exemplar(tsm.model, training)
             in_training = self.exemplar(tsm.model, training, datasets)
-        cost = sample_cost(recipe) * images_of(datasets)
+        cost = sample_cost(recipe) * images_of(self.datasets) * training.share  # as planned
 
         def prepare() -> Callable[[], tuple[VITask, Any]]:
             vlm = self.vlm()
@@ -334,17 +334,6 @@ def classified(tsm: TSM, name: str, images: np.ndarray, dataset: Dataset) -> Pre
     """A task-specific model's prediction for some images of a dataset."""
     log_p = tsm.log_probabilities(images, dataset.spec)
     return Prediction(name, "labels" if dataset.spec.multi_label else "candidates", log_p)
-
-
-def fraction(datasets: dict[str, Dataset], share: float) -> dict[str, Dataset]:
-    """A share of the training images, at least as many as there are classes; 1 for all."""
-    if share == 1:
-        return datasets
-    found = {}
-    for name, dataset in datasets.items():
-        images = round(len(dataset.splits["train"]) * share * 1e6) // 10**6
-        found[name] = subset(dataset, train=max(images, len(dataset.spec.classes)))
-    return found
 
 
 def images_of(datasets: Mapping[str, Dataset], splits: Sequence[str] = ("train",)) -> int:

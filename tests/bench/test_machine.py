@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from bench.machine import kernels, peers, speed, step
 from bench.machine.tables import run_machine_suite
-from bench.runs.memory import Held
 from bench.suite import MACHINE_SUITES, machine_suite
+from vitask.memory import Held
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()

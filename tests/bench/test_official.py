@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bench.report.official import file_name, is_official, official_texts, write_official
+from bench.report.official import is_official, official_texts, write_official
 from bench.runs.judge import candidates_card
-from bench.runs.plan import _data_card
 from bench.runs.records import Record, write_samples
 from vitask.data import medmnist
+from vitask.data.medmnist import result_name
 from vitask.data.spec import Dataset, Split, ids
 from vitask.prompts import candidates
 from vitask.score import Prediction
@@ -50,7 +50,7 @@ def record_of(plan, datasets, folder):
     record = Record(
         suite="main", method="vitask_with_ep", seed=3, key="", command="", recipe={},
         plan={"limit": None}, trained_on={},
-        data={name: _data_card(dataset) for name, dataset in datasets.items()},
+        data={name: dataset.card() for name, dataset in datasets.items()},
         candidates={n: candidates_card(known[n], d.splits["test"].labels)
                     for n, d in datasets.items() if d.spec.multi_label},
         prompts={}, prompts_sha256="", samples_sha256="", metrics={}, confusion={}, extras={},
@@ -115,8 +115,8 @@ def test_limited_runs_and_other_suites_are_not_official(plan, tmp_path):
     assert official_texts(tmp_path, [replace(record, suite="other")]) == {}
 
 
-def test_file_name():
+def test_result_name():
     assert (
-        file_name("octmnist", 224, auc=0.6716, accuracy=0.5, run="3")
+        result_name("octmnist", 224, auc=0.6716, accuracy=0.5, run="3")
         == "octmnist_224_test_[AUC]0.672_[ACC]0.500@3.csv"
     )

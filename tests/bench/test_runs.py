@@ -15,12 +15,12 @@ from bench.commands.verify import differences
 from bench.report.page import page
 from bench.report.table import COLUMNS
 from bench.runs import sets
-from bench.runs.files import file_sha256
 from bench.runs.job import run_job
 from bench.runs.plan import Job, plan_of
 from bench.runs.progress import Progress
 from bench.runs.records import Record
 from bench.suite import Method, suite
+from vitask.files import file_sha256
 
 
 def complete(plan, **how):

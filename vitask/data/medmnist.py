@@ -174,3 +174,9 @@ def _suffix(size: int) -> str:
     if size not in SIZES:
         raise ValueError(f"MedMNIST has no size {size}; expected one of {list(SIZES)}")
     return "" if size == 28 else f"_{size}"
+
+
+def result_name(flag: str, size: int, *, auc: float, accuracy: float, run: str) -> str:
+    """The name that MedMNIST's evaluator gives a result file."""
+    suffix = "" if size == 28 else f"_{size}"
+    return f"{flag}{suffix}_test_[AUC]{auc:.3f}_[ACC]{accuracy:.3f}@{run}.csv"

@@ -1,7 +1,8 @@
 """The form of every dataset, from every source: its description, its splits, its images."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,33 @@ class Dataset:
     source: str
     md5: str
     md5_ok: bool
+
+    def identity(self, splits: Sequence[str] = SPLITS) -> list[Any]:
+        """What decides a model or a score: description and content of some splits.
+
+        The content enters by ids, labels and groups: a limit draws other images of the same file.
+        """
+        spec, digests = self.spec, []
+        for split in (self.splits[name] for name in splits):
+            digest = hashlib.sha256("\n".join(split.ids.tolist()).encode())
+            digest.update(split.labels.tobytes())
+            groups = () if split.groups is None else split.groups.tolist()
+            digest.update("\n".join(groups).encode())
+            digests.append(digest.hexdigest()[:16])
+        described = [spec.task, spec.n_channels, spec.head, *spec.classes, *map(list, spec.answers)]
+        return [self.source, self.size, self.md5, *described, *digests]
+
+    def card(self) -> dict[str, Any]:
+        """Source, description and sizes, JSON-able."""
+        return {
+            "source": self.source,
+            "size": self.size,
+            "md5": self.md5,
+            "md5_ok": self.md5_ok,
+            "license": self.spec.license,
+            "spec": asdict(self.spec),
+            "images": {name: len(split) for name, split in self.splits.items()},
+        }
 
 
 def ids(name: str, split: str, count: int) -> np.ndarray:

@@ -74,3 +74,14 @@ def _stratified(stratum: np.ndarray, limit: int, rng: np.random.Generator) -> np
         for value, share in zip(values, shares(counts, limit), strict=True)
     ]
     return np.sort(np.concatenate(chosen))
+
+
+def fraction(datasets: dict[str, Dataset], share: float) -> dict[str, Dataset]:
+    """A share of the training images, at least as many as there are classes; 1 for all."""
+    if share == 1:
+        return datasets
+    found = {}
+    for name, dataset in datasets.items():
+        images = round(len(dataset.splits["train"]) * share * 1e6) // 10**6
+        found[name] = subset(dataset, train=max(images, len(dataset.spec.classes)))
+    return found
