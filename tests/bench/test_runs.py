@@ -1,4 +1,4 @@
-"""A run from start to table: killed, continued, finished, verified, added to."""
+"""A run from start to table: killed, continued, finished, verified, extended."""
 
 import io
 import json
@@ -29,7 +29,7 @@ from bench.suite import Method, suite
 
 
 def complete(plan, **how):
-    """All that `python -m bench run cheap` does."""
+    """Does the same as `python -m bench run cheap`."""
     done = run_plan(plan, ["cheap"], command="python -m bench run cheap", **how)
     assert done.failed == {}
     return done
@@ -40,7 +40,7 @@ def records_of(plan):
 
 
 def contents(folder):
-    """Every file's bytes, records without what time and memory are kept in."""
+    """Every file's bytes, with the times and memory of records left out."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         content = path.read_bytes()
@@ -88,7 +88,7 @@ def test_table(finished):
     assert other.p.between(0, 1).all()
     assert other.p.equals(other.p_images)
     assert set(other.reference) == {"vanilla"}
-    assert len(other) == 4 + 4 + 1  # qwk: the ordinal dataset alone, and in no average
+    assert len(other) == 4 + 4 + 1  # qwk: only for the ordinal dataset, and never averaged
     assert frame[frame.metric == "gen_invalid"].method.unique().tolist() == ["vanilla", "noisy"]
     assert not frame[frame.metric.str.startswith("gen_")].primary.any()
     assert frame.small_test.all()
@@ -132,7 +132,7 @@ def test_killed_at_five_moments_and_continued_gives_the_same_files(plan, tmp_pat
 
 
 def test_a_run_continues_where_it_was_killed(finished):
-    """One record is lost: that one alone is computed again."""
+    """One lost record: only that one is computed again."""
     plan, records = finished
     before, files = changed_at(plan.folder), contents(plan.folder)
     lost = records[1].name
@@ -152,8 +152,8 @@ def test_the_same_command_again_computes_nothing_and_says_so(finished, capsys):
     assert contents(plan.folder) == files
 
 
-def test_other_seeds_are_added(finished, tmp_path):
-    """In any order: the folder is that of one command with all seeds."""
+def test_more_seeds_are_added_to_a_run(finished, tmp_path):
+    """In any order, the folder equals that of one command with all seeds."""
     plan, _ = finished
     before = changed_at(plan.folder)
     assert complete(replace(plan, seeds=(2,))).computed == {"cheap": 3}
@@ -168,8 +168,8 @@ def test_other_seeds_are_added(finished, tmp_path):
     assert set(pd.read_csv(plan.folder / "cheap.csv").seeds) == {"0;2"}
 
 
-def test_other_ingredients_supersede_and_come_back(finished, monkeypatch, capsys):
-    """Nothing is lost or mixed, and the message names the ingredient that differs."""
+def test_changed_ingredients_supersede_a_set_and_restore_it(finished, monkeypatch, capsys):
+    """Nothing is lost or mixed, and the message names the changed ingredient."""
     plan, records = finished
     complete(replace(plan, seeds=(1,)))
     files = contents(plan.folder)
@@ -189,7 +189,7 @@ def test_other_ingredients_supersede_and_come_back(finished, monkeypatch, capsys
     assert {r.recipe["weight_decay"] for r in records_of(plan)} == {0.5}
     assert problems(plan) == []
     assert differences(older, sets.read_records(older, "cheap"), plan.datasets()) == []
-    assert complete(plan).computed == {"cheap": 0}  # the first ones are found again
+    assert complete(plan).computed == {"cheap": 0}  # the first set is found again
     shown = {name: content for name, content in contents(plan.folder).items()
              if not name.startswith("superseded/")}  # fmt: skip
     assert shown == files
@@ -197,7 +197,7 @@ def test_other_ingredients_supersede_and_come_back(finished, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("moves", range(0, 14, 3))
-def test_a_move_that_is_killed_goes_on(finished, monkeypatch, moves):
+def test_a_killed_move_is_completed(finished, monkeypatch, moves):
     plan, _ = finished
     other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5), seeds=(0, 1))
     real, left = os.replace, [moves]
@@ -223,7 +223,7 @@ def test_a_move_that_is_killed_goes_on(finished, monkeypatch, moves):
 
 
 def test_an_unfinished_set_is_not_shown(finished, monkeypatch):
-    """The older whole one stays, in its tables too."""
+    """The older complete set stays, with its tables."""
     plan, _ = finished
     files = contents(plan.folder)
     of = suite("cheap")
@@ -243,7 +243,7 @@ def test_an_unfinished_set_is_not_shown(finished, monkeypatch):
     assert run_plan(other, ["cheap"]).computed == {"cheap": 2}
 
 
-def test_fresh_deletes_the_named_suites_alone_and_names_what(finished, capsys):
+def test_fresh_deletes_only_the_named_suites_and_lists_the_files(finished, capsys):
     plan, records = finished
     manifest = sets.read_manifest(plan.folder)
     other = plan.folder / "records" / "other-x-seed0.json"
@@ -260,7 +260,7 @@ def test_fresh_deletes_the_named_suites_alone_and_names_what(finished, capsys):
     assert set(sets.read_manifest(plan.folder)) == {"cheap", "other"}
 
 
-def test_hidden_files_that_are_not_ours_stay(finished):
+def test_foreign_hidden_files_stay(finished):
     plan, _ = finished
     ours = [plan.folder / ".cheap.csv.part", plan.folder / "records" / ".x.json.part"]
     for path in (*ours, plan.folder / ".gitignore"):
@@ -275,7 +275,7 @@ def test_hidden_files_that_are_not_ours_stay(finished):
 
 
 def test_collect_merges_seeds_from_other_folders(finished, tmp_path):
-    """As if one command had run them all; a damaged file is refused, and nothing is copied."""
+    """As if one command had run them all; a damaged file is refused and nothing is copied."""
     plan, _ = finished
     elsewhere = replace(plan, out=tmp_path / "elsewhere", seeds=(1, 2))
     complete(elsewhere)
@@ -293,7 +293,7 @@ def test_collect_merges_seeds_from_other_folders(finished, tmp_path):
     assert list(fresh.iterdir()) == []
 
 
-def test_strangers_among_the_files_are_named(finished):
+def test_foreign_files_are_named(finished):
     plan, _ = finished
     assert sets.strays(plan.folder) == []
     (plan.folder / "samples" / "cheap-noisy-seed7.parquet").write_bytes(b"")
@@ -329,7 +329,7 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
 
 
 def test_a_manifest_of_an_older_format_is_read(finished):
-    """Its sets name no ingredients; their tables are rendered all the same."""
+    """Its sets lack ingredients; their tables are still rendered."""
     plan, _ = finished
     entry = {"key": "0" * 16, "command": "python -m bench run cheap", "finished": True}
     entry["records"] = [r.name for r in records_of(plan)]
@@ -350,7 +350,7 @@ def test_limit_holds_for_every_split(plan):
     assert {len(split) for d in found.values() for split in d.splits.values()} == {9}
 
 
-def test_record_survives_its_file(finished):
+def test_a_record_survives_its_file(finished):
     plan, records = finished
     path = plan.folder / "records" / f"{records[0].name}.json"
     again = Record.read(path)
@@ -374,7 +374,7 @@ def test_verify_sees_one_changed_byte(finished, kind):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         try:
             found = problems(plan)
-        except ValueError as error:  # no longer readable: as good an answer
+        except ValueError as error:  # unreadable also counts as noticed
             found = [str(error)]
         assert found, f"{path.name}, byte {place}"
         path.write_bytes(whole)
@@ -394,7 +394,7 @@ def test_verify_sees_a_changed_label_in_the_data(finished):
 
 
 def test_verify_sees_a_forged_sample_file(finished):
-    """A label changed in the samples, with every checksum put right again."""
+    """A changed label in the samples, with all checksums corrected."""
     plan, records = finished
     path = plan.folder / "samples" / f"{records[0].name}.parquet"
     rows = pq.read_table(path)
@@ -414,7 +414,7 @@ def test_verify_sees_a_forged_metric(finished):
     assert "0.99 in the record" in problems(plan)[0]
 
 
-def test_datasets_of_the_same_images_are_drawn_as_one(plan, monkeypatch):
+def test_datasets_with_the_same_images_are_drawn_together(plan, monkeypatch):
     """Two more names for the same images add no information."""
     plan = replace(plan, names=("breastmnist",))
     of = suite("cheap")
@@ -440,7 +440,7 @@ def test_datasets_of_the_same_images_are_drawn_as_one(plan, monkeypatch):
     assert "Fewer than 500 test images: breastmnist. Read" in (plan.folder / "cheap.md").read_text()
 
 
-def test_time_left_follows_the_work_done_now():
+def test_time_left_counts_only_the_work_of_this_run():
     clock, text = iter((0.0, 20.0, 80.0, 80.0)), io.StringIO()
     progress = Progress(100.0, Console(file=text, width=20), clock=lambda: next(clock))
     progress.skip(80.0, "found")
@@ -448,7 +448,7 @@ def test_time_left_follows_the_work_done_now():
     assert " 50%  1:20 elapsed, about 1:20 left  computed\n" in text.getvalue()  # not wrapped
 
 
-def test_piped_progress_prints_a_line_in_ten_seconds_and_one_for_each_model():
+def test_piped_progress_prints_a_line_per_ten_seconds_and_per_model():
     text, now = io.StringIO(), [0.0]
     progress = Progress(100.0, Console(file=text, width=80), clock=lambda: now[0])
     for second in range(25):
@@ -459,8 +459,8 @@ def test_piped_progress_prints_a_line_in_ten_seconds_and_one_for_each_model():
     ]  # fmt: skip
 
 
-def test_a_suite_that_fails_leaves_nothing_to_wait_for(plan, monkeypatch):
-    """Neither the rest of its seed nor its other seeds."""
+def test_progress_drops_the_remaining_work_of_a_failed_suite(plan, monkeypatch):
+    """The rest of its seed and its other seeds."""
     job, text = Job.of(suite("cheap"), replace(plan, seeds=(0, 1))), io.StringIO()
     whole = job.suite.run
 
@@ -469,7 +469,7 @@ def test_a_suite_that_fails_leaves_nothing_to_wait_for(plan, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(job.suite, "run", broken)
-    one = job.units / 3  # of three methods
+    one = job.units / 3  # three methods
     progress = Progress(6 * one + one, Console(file=text))  # and another suite of one unit
     with pytest.raises(RuntimeError, match="out of memory"):
         run_job(job, plan.folder, progress, command="python -m bench run cheap")
@@ -477,7 +477,7 @@ def test_a_suite_that_fails_leaves_nothing_to_wait_for(plan, monkeypatch):
     assert progress._done / progress._units == pytest.approx(0.5)  # one is done, one is left
 
 
-def test_the_page_names_all_that_produced_it(finished):
+def test_the_page_names_everything_that_produced_it(finished):
     plan, records = finished
     again = [
         replace(
@@ -509,7 +509,7 @@ def test_the_page_names_all_that_produced_it(finished):
     )
 
 
-def test_torn_groups_are_refused(plan, monkeypatch):
+def test_groups_across_splits_are_refused(plan, monkeypatch):
     dataset = plan.datasets()["breastmnist"]
     torn = {
         name: replace(split, groups=np.array([f"patient {i}" for i in range(len(split))]))
@@ -520,7 +520,7 @@ def test_torn_groups_are_refused(plan, monkeypatch):
         replace(plan, names=("breastmnist",)).datasets()
 
 
-def test_two_methods_compare_as_the_table_does(finished):
+def test_compared_methods_match_the_table(finished):
     plan, _ = finished
     table = pd.read_csv(plan.folder / "cheap.csv")
     found = compare_methods(plan.folder, "cheap", "noisy", "vanilla")
@@ -542,7 +542,7 @@ def test_two_methods_compare_as_the_table_does(finished):
         chosen(found, suite("cheap"), ["aux"], [])
 
 
-def test_two_runs_compare_on_the_images_that_they_share(finished, tmp_path):
+def test_two_runs_are_compared_on_their_common_images(finished, tmp_path):
     plan, _ = finished
     other = replace(plan, out=tmp_path / "other", limit=20, seeds=(0, 1))
     complete(other)
@@ -562,7 +562,7 @@ def test_two_runs_compare_on_the_images_that_they_share(finished, tmp_path):
         compare_runs(folders, "cheap", "noisy")
 
 
-def test_runs_whose_test_labels_differ_are_not_compared(finished, tmp_path):
+def test_runs_with_different_test_labels_are_not_compared(finished, tmp_path):
     plan, _ = finished
     other = replace(plan, out=tmp_path / "other")
     complete(other)
