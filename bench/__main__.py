@@ -22,7 +22,7 @@ from bench.commands.cli import (
     must_resolve,
     split_names,
     stop,
-)
+)  # fmt: skip
 from bench.commands.data import data_app
 from bench.suite import MACHINE_SUITES, SUITES
 
@@ -108,19 +108,10 @@ def run(
     from bench.api import run as run_suites
 
     done = run_suites(
-        "all" if all_suites else wanted,
-        recipe=from_file,
-        settings=by_hand,
-        data=data,
-        data_root=roots,
-        datasets=names,
-        seeds=numbers,
-        limit=limit,
-        allow_unverified=allowed,
-        out=out,
-        fresh=fresh,
-        note=_note,
-    )
+        "all" if all_suites else wanted, recipe=from_file, settings=by_hand, data=data,
+        data_root=roots, datasets=names, seeds=numbers, limit=limit, allow_unverified=allowed,
+        out=out, fresh=fresh, note=_note,
+    )  # fmt: skip
     if done.tables:
         from bench.commands.show import main_table
 
@@ -200,11 +191,13 @@ def report(
     out: Out = Path("leaderboards"),
 ) -> None:
     """Render tables and pages again from the records and samples; needs no data."""
+    from bench.api import check_out
     from bench.report.render import write
     from bench.runs.sets import locked
 
     broken: list[str] = []
     for folder in _runs(folders, out):
+        check_out(folder, folder)
         with locked(folder):
             for records in _suites(folder, broken):
                 for path in write(folder, records)[0]:
@@ -290,6 +283,7 @@ def compare(
 
     Images are paired by id. An argument that is a folder with a run.json is a run.
     """
+    from bench.api import check_out
     from bench.commands import compare as comparison
     from bench.commands.show import frame_text
     from bench.runs.files import write_text
@@ -297,6 +291,8 @@ def compare(
     from bench.suite import suite as suite_of
 
     check_known("suite", suite, SUITES)
+    if csv is not None:
+        check_out(csv.parent)
     given = [(Path(one) / "run.json").is_file() for one in (first, second)]
     if any(given) and not all(given):
         other = second if given[0] else first

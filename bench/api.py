@@ -18,7 +18,7 @@ from bench.suite import SUITES, suite
 from vitask import settings as recipe_settings
 from vitask.data import spec
 from vitask.guard import refuse_hub_kernels
-from vitask.recipes import Recipe
+from vitask.recipes import RECIPES, Recipe
 from vitask.recipes import recipe as named_recipe
 
 if TYPE_CHECKING:
@@ -74,9 +74,16 @@ def run(
     suite that fails does not stop the others: see `Run.failed`. ValueError for a request that
     cannot be met, before anything is computed.
     """
+    for name, given in {"datasets": datasets, "data_root": data_root}.items():
+        if isinstance(given, str):
+            raise ValueError(f"{name} is {given!r}; expected a list, such as [{given!r}]")
     by_hand, in_file = dict(settings or {}), dict[str, Any]()
     if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith(".toml")):
         base, in_file = recipe_settings.read(Path(recipe))
+        if base.name in RECIPES:
+            raise ValueError(
+                f"{recipe} has the name of a recipe; rename it, {base.name}-2.toml, say"
+            )
     else:
         base = named_recipe(recipe) if isinstance(recipe, str) else recipe
     base, roots = recipe_settings.apply(base, by_hand), tuple(map(Path, data_root))
@@ -85,18 +92,11 @@ def run(
     for name in (*names, *allowed):
         spec(name, roots=roots)
     plan = Plan(
-        recipe=base,
-        source=data,
-        names=names,
-        roots=roots,
-        allow_unverified=allowed,
-        limit=limit,
-        out=Path(out),
-        seeds=tuple(sorted(set(seeds))),
-        settings=in_file | by_hand,
-        by_hand=by_hand,
-    )
-    wanted = list(SUITES) if suites == ALL else list(dict.fromkeys(suites))
+        base, data, names, roots, allowed, limit, Path(out), tuple(sorted(set(seeds))),
+        settings=in_file | by_hand, by_hand=by_hand,
+    )  # fmt: skip
+    wanted = [suites] if isinstance(suites, str) else list(dict.fromkeys(suites))
+    wanted = list(SUITES) if suites == ALL else wanted
     return run_plan(plan, wanted, fresh=fresh, leave_out=suites == ALL, command=command, note=note)
 
 
@@ -113,7 +113,7 @@ def run_plan(
     from transformers.utils import logging
 
     refuse_hub_kernels()
-    check_out(plan.out)
+    check_out(plan.out, plan.folder)
     logging.disable_progress_bar()  # one progress display is enough: ours
     done = Run(plan.folder)
     jobs: list[Job] = []  # all data are checked before anything runs
@@ -154,7 +154,7 @@ def _run_job(job: Job, done: Run, progress: Progress, command: str, cache: Any) 
         if computed:
             progress.note(f"{name}: bootstrap, tests and tables")
         written, frame = render.write(done.folder, records)
-        progress.advance(job.judging_units, f"{name}: tables", finished=True)
+        progress.advance(job.judging_units, f"{name}: tables", finished=computed > 0)
     except Exception as error:  # the other suites go on
         done.failed[name] = described(error)
         return
@@ -166,13 +166,18 @@ def _run_job(job: Job, done: Run, progress: Progress, command: str, cache: Any) 
         progress.note(f"{name}: nothing to compute, {len(records)} records found")
 
 
-def check_out(out: Path) -> None:
-    """ValueError, before anything is computed, if nothing can be written there."""
-    place = out
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise ValueError(f"--out {out}: cannot write to {place}; expected a folder to write to")
+def check_out(out: Path, folder: Path | None = None) -> None:
+    """ValueError, before anything is computed, if `out` or a run's folder cannot be written."""
+    inner = ("records", "samples", "checkpoints", sets.UNFINISHED, sets.SUPERSEDED, sets.OFFICIAL)
+    for place in (out, *([folder, *(folder / name for name in inner)] if folder else [])):
+        try:
+            while not place.exists() and place != place.parent:
+                place = place.parent
+            good = place.is_dir() and os.access(place, os.R_OK | os.W_OK | os.X_OK)
+        except OSError:  # no access to a folder above it, or a name that is too long
+            good = False
+        if not good:
+            raise ValueError(f"--out {out}: cannot write to {place}; expected a folder to write to")
 
 
 def described(error: Exception) -> str:

@@ -36,10 +36,7 @@ SUITES = {  # name -> module; the paper's table 1 first
         (Path(__file__).parent / "suites").glob("[a-z]*.py"), key=lambda p: (p.stem != "main", p)
     )
 }
-MACHINE_SUITES = {  # name -> what it measures; the modules are bench/machine/<name>.py
-    "kernels": "fused losses against eager, compiled and other fused ones",
-    "step": "training step and scoring: one forward for all branches against three",
-}
+MACHINE_SUITES = {name: f"bench.machine.{name}" for name in ("kernels", "step")}
 
 
 @dataclass(frozen=True)
@@ -265,7 +262,7 @@ def tsm_vanilla_vitask(recipe: Recipe) -> dict[str, Training]:
 
 def question(name: str) -> str:
     """The first line of a suite's file, read without importing it."""
-    spec = find_spec(SUITES[name])
+    spec = find_spec((SUITES | MACHINE_SUITES)[name])
     assert spec is not None
     assert spec.origin is not None
     return (ast.get_docstring(ast.parse(Path(spec.origin).read_text("utf-8"))) or "").split("\n")[0]
@@ -308,4 +305,4 @@ class MachineSuite:
 
 
 def machine_suite(name: str) -> MachineSuite:
-    return import_module(f"bench.machine.{name}").SUITE
+    return import_module(MACHINE_SUITES[name]).SUITE

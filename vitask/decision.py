@@ -1,6 +1,6 @@
 """Turns predictions into class probabilities and decisions, the input of all metrics."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from vitask.prompts import Candidates, candidates
 from vitask.score import Prediction
 from vitask.validation import decide
 
+DIGITS = 2.0**-10  # nat
 INVALID = -1  # a generated answer that is not a candidate
 
 
@@ -93,3 +94,20 @@ def _parsed(spec: DatasetSpec, answers: Candidates, text: str) -> np.ndarray:
         return np.full(len(spec.classes), INVALID) if labels is None else labels.astype(int)
     found = answers.parse(text)
     return np.array(INVALID if found is None else answers.members[found].argmax())
+
+
+def rounded(prediction: Prediction) -> Prediction:
+    """Log-probabilities rounded to 2^-10 nat, as samples keep them; every decision stays.
+
+    A rounded tie, or a label's probability rounded across one half, moves one step back.
+    """
+    exact, half = prediction.log_probability, np.log(0.5)
+    kept = np.round(exact / DIGITS) * DIGITS
+    if prediction.kind == "labels":
+        wrong = (kept > half) != (exact > half)
+        kept = np.where(wrong, kept + np.where(exact > half, DIGITS, -DIGITS), kept)
+    else:
+        best, rows = exact.argmax(1), np.arange(len(exact))
+        wrong = kept.argmax(1) != best
+        kept[rows, best] = np.where(wrong, kept.max(1) + DIGITS, kept[rows, best])
+    return replace(prediction, log_probability=kept)

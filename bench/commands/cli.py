@@ -1,5 +1,6 @@
 """Options, checks of names, and error handling for all commands."""
 
+import os
 import sys
 from collections.abc import Callable, Collection
 from difflib import get_close_matches
@@ -50,7 +51,7 @@ def clean(command: Callable[..., None]) -> Callable[..., None]:
 def data_folders(data_root: list[Path] | None) -> tuple[Path, ...]:
     """The data roots; each must exist."""
     for root in data_root or ():
-        if not root.is_dir():
+        if not os.path.isdir(root):  # False without access, too
             raise ValueError(f"--data-root {root} is not a folder; expected one with .npz files")
     return tuple(data_root or ())
 

@@ -43,40 +43,38 @@ def compare_runs(
 
     Images are paired by id. ValueError where the same image has two labels, or nothing is shared.
     """
-    of = suite(name)
+    of, runs = suite(name), [str(folder) for folder in folders]
     of.method(method)
+    if runs[0] == runs[1]:
+        raise ValueError(f"{runs[0]} was given twice; expected two different runs")
     sides = [
         {r.seed: r for r in read_records(folder, name) if r.method == method} for folder in folders
     ]
     seeds = sorted(set(sides[0]) & set(sides[1]))
     if not seeds:
         raise ValueError(
-            f"the runs share no seed of {method!r}: {folders[0]} has {sorted(sides[0])}, "
-            f"{folders[1]} {sorted(sides[1])}; run one of them with a seed of the other"
+            f"the runs share no seed of {method!r}: {runs[0]} has {sorted(sides[0])}, "
+            f"{runs[1]} {sorted(sides[1])}; run one of them with a seed of the other"
         )
-    notes = [f"shared seeds: {', '.join(map(str, seeds))}"]
-    labels = [str(folder) for folder in folders]
-    if labels[0] == labels[1]:
-        raise ValueError(f"{folders[0]} was given twice; expected two different runs")
     read = [
         {seed: read_samples(samples_path(folder, side[seed].name)) for seed in seeds}
         for folder, side in zip(folders, sides, strict=True)
     ]
-    shared = _shared_ids(read[0][seeds[0]], read[1][seeds[0]], labels)
-    notes += [f"{name}: {len(ids)} shared test images" for name, ids in shared.items()]
+    shared = _shared_rows(read[0][seeds[0]], read[1][seeds[0]], runs)
     records, samples = [], {}
-    for label, side, found in zip(labels, sides, read, strict=True):
+    for number, (run, side) in enumerate(zip(runs, sides, strict=True)):
         for seed in seeds:
-            record = replace(side[seed], method=label, items={})
-            samples[record.name] = {n: _taken(found[seed][n], ids) for n, ids in shared.items()}
+            found, record = read[number][seed], replace(side[seed], method=run, items={})
+            samples[record.name] = {n: found[n].take(rows[number]) for n, rows in shared.items()}
             records.append(record)
-    specs = {n: spec for n, spec in records[0].specs.items() if n in shared}
-    pair = of.pair(labels[0], labels[1])
-    answers = Answers(samples, specs, pair)
+    pair = of.pair(*runs)
+    answers = Answers(samples, records[0].specs, pair)
     for record in records:  # measured on the shared images
         record.metrics = {n: plain(measure(answers.scored(record, n))) for n in shared}
-        record.data = {n: _card(record.data[n], len(ids)) for n, ids in shared.items()}
-    return _paired(records, answers, labels[0], labels[1]), notes
+        cards = {n: (record.data[n], len(rows[0])) for n, rows in shared.items()}
+        record.data = {n: c | {"images": {**c["images"], "test": k}} for n, (c, k) in cards.items()}
+    notes = [f"{n}: {len(rows[0])} shared test images" for n, rows in shared.items()]
+    return _paired(records, answers, *runs), [f"shared seeds: {', '.join(map(str, seeds))}", *notes]
 
 
 def _paired(
@@ -108,41 +106,21 @@ def chosen(
     return frame[frame["dataset"].isin(datasets)] if datasets else frame
 
 
-def _shared_ids(
+def _shared_rows(
     ours: Mapping[str, Samples], theirs: Mapping[str, Samples], runs: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Dataset -> ids of the test images that both runs answer, in the first run's order."""
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Dataset -> rows in each run of the test images that both answer, paired by id."""
     shared = {}
     for name in (name for name in ours if name in theirs):
         a, b = ours[name], theirs[name]
-        ids = a.ids[np.isin(a.ids, b.ids)]
-        if not len(ids):
-            continue
-        left, right = _taken(a, ids), _taken(b, ids)
-        differ = left.labels.shape != right.labels.shape or bool(
-            (left.labels != right.labels).any()
-        )
-        if differ:
+        _, left, right = np.intersect1d(a.ids, b.ids, return_indices=True)
+        if len(left) and not np.array_equal(a.labels[left], b.labels[right]):
             raise ValueError(
                 f"{name}: test images of {runs[0]} and {runs[1]} have the same ids and different "
                 "labels; the runs are of different data and cannot be paired"
             )
-        shared[name] = ids
+        if len(left):
+            shared[name] = (left, right)
     if not shared:
         raise ValueError(f"{runs[0]} and {runs[1]} share no test image; they cannot be paired")
     return shared
-
-
-def _taken(sample: Samples, ids: np.ndarray) -> Samples:
-    """The samples of these ids, in this order."""
-    place = {one: row for row, one in enumerate(sample.ids.tolist())}
-    rows = np.array([place[one] for one in ids.tolist()])
-    given = sample.prediction
-    written = None if given.generated is None else [given.generated[row] for row in rows]
-    prediction = replace(given, log_probability=given.log_probability[rows], generated=written)
-    groups = None if sample.groups is None else sample.groups[rows]
-    return Samples(sample.ids[rows], sample.labels[rows], groups, prediction)
-
-
-def _card(card: dict, count: int) -> dict:
-    return card | {"images": card["images"] | {"test": count}}

@@ -21,7 +21,7 @@ def overview(roots: Sequence[Path]) -> str:
     lines = ["suites (`list SUITE` shows the methods)"]
     lines += [_entry(name, question(name)) for name in SUITES]
     lines.append("suites that measure this machine (by name, not in --all)")
-    lines += [_entry(name, text) for name, text in MACHINE_SUITES.items()]
+    lines += [_entry(name, question(name)) for name in MACHINE_SUITES]
     lines.append("recipes (`recipe NAME` prints one)")
     lines += [
         _entry(r.name, f"VLM {r.vlm}, TSM {r.tsm}, {r.source_size} pixels")
@@ -37,7 +37,7 @@ def overview(roots: Sequence[Path]) -> str:
 def suite_methods(name: str) -> str:
     """A suite's question and methods."""
     if name in MACHINE_SUITES:
-        return _entry(name, MACHINE_SUITES[name])
+        return _entry(name, question(name))
     of = suite(name)
     return "\n".join([question(name), *(_entry(m.name, m.text) for m in of.methods)])
 

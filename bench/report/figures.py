@@ -62,23 +62,16 @@ def densities(panels: Sequence[tuple[str, Sequence[float], Sequence[float]]], ti
     bins, wide, high, step = 40, 220, 120, 250
     drawn = []
     for number, (name, *sides) in enumerate(panels):
-        shapes, x = [], 20 + number * step
-        heights = [_histogram(values, bins) for values in sides]
-        top = max(max(h) for h in heights) or 1.0
+        x = 20 + number * step
+        heights = [np.histogram(values, bins, (0, 1))[0] / max(len(values), 1) for values in sides]
+        top, edges = np.max(heights) or 1.0, np.round(x + wide * np.arange(bins + 1) / bins, 1)
+        shapes = []
         for values in heights:
-            points = [f"{x},{40 + high}"]
-            for at, value in enumerate(values):
-                level = round(40 + high * (1 - value / top), 1)
-                points += [f"{round(x + wide * i / bins, 1)},{level}" for i in (at, at + 1)]
-            points.append(f"{x + wide},{40 + high}")
-            shapes.append(" ".join(points))
+            levels = np.round(40 + high * (1 - values / top), 1)
+            corners = zip(edges.repeat(2)[1:-1], levels.repeat(2), strict=True)
+            points = [(x, 40 + high), *corners, (x + wide, 40 + high)]
+            shapes.append(" ".join(f"{across},{down}" for across, down in points))
         drawn.append({"name": name, "x": x, "shapes": shapes})
     return ENVIRONMENT.get_template("densities.svg").render(
         title=title, panels=drawn, width=20 + step * len(panels), high=high, wide=wide
     )
-
-
-def _histogram(values: Sequence[float], bins: int) -> list[float]:
-    """The share of the values in each bin; 1 falls into the last."""
-    at = np.minimum((np.asarray(values) * bins).astype(int), bins - 1)
-    return (np.bincount(at, minlength=bins) / max(len(values), 1)).tolist()

@@ -59,7 +59,7 @@ def hardware() -> dict[str, Any]:
 
 
 def command_line(roots: Sequence[Path], out: Path, arguments: Sequence[str] | None = None) -> str:
-    """The command as given, with DATA_ROOT and OUT in the place of paths.
+    """The command as given, with DATA_ROOT and OUT in the place of paths, and files by name.
 
     `--resume` and `--fresh` decide about files, not about results: left out.
     """
@@ -70,5 +70,5 @@ def command_line(roots: Sequence[Path], out: Path, arguments: Sequence[str] | No
         value = names.get(value.rstrip("/") or value, value)
         word = f"{option}={value}" if equals else names.get(word.rstrip("/") or word, word)
         if word not in ("--resume", "--fresh"):
-            words.append(word)
+            words.append(Path(word).name if word.endswith(".toml") else word)
     return " ".join(["python -m bench", *words])

@@ -10,26 +10,27 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bench.runs.keys import code, fields_read, key, weights
+from bench.runs.keys import CODE, code, fields_read, key, weights
 from vitask.data.spec import SPLITS, Dataset
 from vitask.pocket import POCKET
 from vitask.prompts import instruction
 from vitask.recipes import Recipe
 
+WORK = "bench/runs/work.py"
+KERNELS = ("kernels.cpu", "kernels.cuda")  # loaded by name, in kernels/joint.py
 COMPUTING = ("bench.runs.work", "bench.runs.judge")  # beside a suite's own file
-# Not decided by these: the name is a label, data enter by content, memory moves features only.
-DATA = tuple(
-    f"vitask/data/{name}.py"
+LEFT_OUT = tuple(
+    f"{name}.py"
     for name in (
-        "archive",
-        "card",
-        "external",
-        "loading",
-        "looks",
-        "medmnist",
-        "phantom",
+        # data enter by their content, not by the code that reads or draws them
+        *("vitask/data/archive", "vitask/data/card", "vitask/data/external", "vitask/data/loading"),
+        *("vitask/data/looks", "vitask/data/medmnist", "vitask/data/phantom"),
+        # these compute no number
+        *("bench/errors", "bench/runs/files", "bench/runs/ingredients", "bench/runs/keys"),
+        *("bench/runs/memory", "bench/runs/models"),
     )
-)  # fmt: skip  (data enter by their content, not by the code that reads or draws them)
+)
+# Not decided by these: the name is a label, data enter by content, memory moves features only.
 NEVER = {"name", "sources", "train_limit", "val_limit", "feature_memory_mib"}
 
 
@@ -44,13 +45,17 @@ def model_ingredients(
     exemplar: str = "tsm",
 ) -> dict[str, Any]:
     """Of a model that `module` trains. A TSM's own ingredients are in its key."""
-    found = _of(code([module], DATA), recipe, versions)
+    kernels = () if module == "vitask.tsm" else KERNELS
+    found = _of(code([module, *kernels], LEFT_OUT), recipe, versions)
     if module != "vitask.tsm":
         found = {k: v for k, v in found.items() if not k.startswith("recipe.tsm")}
         found |= {"tsm": tsm_key, "exemplar": exemplar} | _weights(recipe)
+    found[f"{CODE}{WORK}"] = code(["bench.runs.work"], LEFT_OUT)[
+        WORK
+    ]  # hands features to trainings
     for name, dataset in datasets.items():
         found[f"data.{name}"] = [*data_of(dataset, ("train", "val")), instruction(dataset.spec)]
-    return found | {"seed": seed}
+    return found | {"seed": seed, "datasets": list(datasets)}
 
 
 def set_ingredients(
@@ -61,16 +66,18 @@ def set_ingredients(
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
     """Of all records of the suite in `module`, whatever their method and seed."""
-    found = _of(code([module, *COMPUTING], DATA), recipe, versions) | _weights(recipe)
+    found = _of(code([module, *COMPUTING, *KERNELS], LEFT_OUT), recipe, versions) | _weights(recipe)
     for kind, some in (("data", datasets), ("evaluated", evaluated)):
         for name, dataset in some.items():
             found[f"{kind}.{name}"] = [*data_of(dataset, SPLITS), instruction(dataset.spec)]
-    return found
+    return found | {"datasets": [*datasets, *evaluated]}  # their order decides, too
 
 
 def data_of(dataset: Dataset, splits: Sequence[str]) -> list[Any]:
-    """The content of some splits, not only their size: limits draw others as they follow."""
-    return [dataset.source, dataset.size, dataset.md5, *ids_of(dataset, splits)]
+    """Description and content of some splits, not only their size: limits draw others."""
+    spec = dataset.spec
+    described = [spec.task, spec.n_channels, spec.head, *spec.classes, *map(list, spec.answers)]
+    return [dataset.source, dataset.size, dataset.md5, *described, *ids_of(dataset, splits)]
 
 
 def ids_of(dataset: Dataset, splits: Sequence[str]) -> list[str]:
@@ -90,7 +97,7 @@ def _of(modules: Mapping[str, str], recipe: Recipe, versions: Mapping[str, str])
     return (
         {f"recipe.{name}": values[name] for name in sorted(read)}
         | {f"versions.{name}": version for name, version in versions.items()}
-        | {f"code: {path}": digest for path, digest in modules.items()}
+        | {f"{CODE}{path}": digest for path, digest in modules.items()}
     )
 
 

@@ -12,7 +12,7 @@ from bench.runs.ingredients import record_key
 from bench.runs.judge import judge
 from bench.runs.plan import Job
 from bench.runs.progress import Advancing
-from bench.runs.records import Record, record_name, record_path, samples_path, write_samples
+from bench.runs.records import Record, record_name, samples_path, write_samples
 from bench.runs.sets import Entry
 from bench.runs.work import Work
 from bench.suite import Outcome
@@ -58,23 +58,26 @@ def run_job(
     """Run one suite over all seeds: the records of its set, other seeds included, and how many
     of them were computed now. The folder must be `locked`."""
     name, methods = job.suite.name, [method.name for method in job.suite.methods]
-    names = sets.names_of(name, methods, job.plan.seeds)
-    entry = Entry(job.key, command, names, job.ingredients, whole=False)
-    missing = {seed: [m for m in methods if not _found(job, folder, m, seed)]
-               for seed in job.plan.seeds}  # fmt: skip
+    entry = Entry(job.key, command, [], job.ingredients)
+    shown = sets.read_manifest(folder).get(name)
+    seeds = set(job.plan.seeds)
+    if shown is not None and shown.key == job.key:  # one of its records may be lost
+        seeds |= {int(record.rpartition("seed")[2]) for record in shown.records}
+    entry.records = sets.names_of(name, methods, sorted(seeds))
+    missing = {seed: [m for m in methods if not _found(job, folder, m, seed)] for seed in seeds}
     count, cache = sum(map(len, missing.values())), {} if cache is None else cache
+    changed = sets.superseding(folder, name, entry)
+    if changed:
+        progress.note(f"{name}: the older results move to {sets.SUPERSEDED}/ when the new ones "
+                      f"are whole; what differs: {_listed(changed)}")  # fmt: skip
     with _Share(progress, job.units * len(job.plan.seeds), name) as whole:
         if count:
-            if changed := sets.superseding(folder, name, entry):
-                progress.note(f"{name}: the older results move to {sets.SUPERSEDED}/ when the new "
-                              f"ones are whole; what differs: {_listed(changed)}")  # fmt: skip
             place = sets.begin(folder, name, entry)
             for seed, wanted in missing.items():
                 with _Share(whole, job.units, f"{name}, seed {seed}") as share:
                     if wanted:
                         _run_seed(job, seed, wanted, folder, place, share, command, cache)
-    shown = sets.read_manifest(folder).get(name)
-    if count or shown is None or shown.key != job.key or not {*names} <= {*shown.records}:
+    if count or changed or shown is None or not {*entry.records} <= {*shown.records}:
         sets.promote(folder, name, entry)
     return sets.read_records(folder, name), count
 
@@ -86,8 +89,7 @@ def _listed(changed: list[str], most: int = 5) -> str:
 
 def _found(job: Job, folder: Path, method: str, seed: int) -> bool:
     name = record_name(job.suite.name, method, seed)
-    record = record_path(Path(), name)
-    return sets.find(folder, job.key, record, record_key(job.key, method, seed)) is not None
+    return sets.find(folder, job.key, name, record_key(job.key, method, seed)) is not None
 
 
 def _run_seed(
@@ -106,16 +108,9 @@ def _run_seed(
         total = len(job.suite.methods)
         progress.note(f"{name}, seed {seed}: {found} of {total} methods were computed before")
     work = Work(
-        suite=name,
-        recipe=job.plan.recipe,
-        datasets=job.datasets,
-        evaluated=job.evaluated,
-        seed=seed,
-        folder=folder,
-        versions=job.versions,
-        progress=progress,
-        cache=cache,
-    )
+        name, job.plan.recipe, job.datasets, job.evaluated, seed, folder, job.versions, progress,
+        cache, job.prefix,
+    )  # fmt: skip
     started = _start()
     for outcome in job.suite.run(work, wanted):
         write_record(job, outcome, seed, place, command, started())
@@ -142,19 +137,9 @@ def write_record(
     if judged.varying:
         measured["values"] = judged.varying
     Record(
-        suite=job.suite.name,
-        method=outcome.method,
-        seed=seed,
-        key=record_key(job.key, outcome.method, seed),
-        command=command,
-        **job.data_cards(),
-        candidates=judged.candidates,
-        samples_sha256=digest,
-        metrics=judged.metrics,
-        confusion=judged.confusion,
-        extras=outcome.extras,
-        items=judged.items,
-        commit=commit(),
-        hardware=hardware(),
-        measured=measured,
-    ).write(place)
+        suite=job.suite.name, method=outcome.method, seed=seed, command=command,
+        key=record_key(job.key, outcome.method, seed), **job.data_cards(),
+        candidates=judged.candidates, samples_sha256=digest, metrics=judged.metrics,
+        confusion=judged.confusion, extras=outcome.extras, items=judged.items,
+        commit=commit(), hardware=hardware(), measured=measured,
+    ).write(place)  # fmt: skip

@@ -211,6 +211,10 @@ class _Reader:
                 made.args = [_silent(value) for value in made.args]
                 for given in made.keywords:
                     given.value = _silent(given.value)
+            case ast.Assert(msg=ast.expr() as message):
+                node.msg = _silent(message)
+            case ast.Call(func=ast.Attribute(attr="note" | "advance" | "skip")):  # progress
+                node.args = [_silent(value) for value in node.args]
             case ast.keyword() if node.arg in self.prose:
                 node.value = _silent(node.value)
             case ast.Call(func=ast.Name(id="Method" | "Metric" | "Published")):
@@ -236,6 +240,8 @@ def _is_recipe(node: ast.AST, name: str, scope: ast.AST | None) -> bool:
     """Whether an assignment in vitask/recipes.py makes recipes or is a field of `Recipe`."""
     if scope is None:
         calls = {ast.unparse(one.func) for one in ast.walk(node) if isinstance(one, ast.Call)}
-        return name == "RECIPES" or (name.isupper() and bool(calls & {"Recipe", "replace"}))
+        return name == "RECIPES" or (
+            name.isupper() and bool(calls & {"Recipe", "Source", "Study", "replace"})
+        )
     in_class = isinstance(scope, ast.ClassDef) and scope.name == "Recipe"
     return in_class and isinstance(node, ast.AnnAssign)

@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vitask.data.subset import subset
-
 from bench.runs import ingredients as of
 from bench.runs.environment import versions
 from bench.runs.records import Record
@@ -18,6 +16,7 @@ from bench.suite import Suite, suite
 from vitask.data import load
 from vitask.data.check import torn_groups
 from vitask.data.spec import Dataset
+from vitask.data.subset import subset
 from vitask.prompts import instruction
 from vitask.recipes import Recipe
 
@@ -65,13 +64,10 @@ class Plan:
         found = {}
         for name in self.names:
             dataset = load(
-                name,
-                source=self.source,
-                roots=self.roots,
-                size=self.recipe.source_size,
+                name, source=self.source, roots=self.roots, size=self.recipe.source_size,
                 allow_unverified=self.allow_unverified,
                 phantom_sizes=self.recipe.samples("phantom"),
-            )
+            )  # fmt: skip
             if torn := torn_groups(dataset):
                 raise ValueError(
                     f"{name}: {len(torn)} group(s) have images in two splits ({torn[0]}, ...), so "
@@ -118,6 +114,13 @@ class Job:
         images = images_of(self.datasets)
         scored = SCORED_IMAGE * len(self.suite.methods) * self.test_images
         return sum(training_units(one, images) for one in models) + self.suite.scorings * scored
+
+    @property
+    def prefix(self) -> str:
+        """Of models' names: other sizes and other training data have names of their own."""
+        if type(self.suite).trained_on is not Suite.trained_on:
+            return f"{self.suite.name}-"
+        return "study-" if self.suite.study else ""
 
     @property
     def test_images(self) -> int:
@@ -186,18 +189,12 @@ def plan_of(
     record: Record, *, roots: Sequence[Path], allow_unverified: Sequence[str], folder: Path
 ) -> Plan:
     """The plan that a record was made by, for loading its data again."""
+    asked = record.plan
     return Plan(
-        recipe=Recipe.of_json(record.recipe),
-        source=record.plan["source"],
-        names=tuple(record.plan["names"]),
-        roots=tuple(roots),
-        allow_unverified=tuple(allow_unverified),
-        limit=record.plan["limit"],
-        out=folder.parent,
-        seeds=(record.seed,),
-        settings=record.plan.get("settings", {}),
-        by_hand=record.plan.get("by_hand", {}),
-    )
+        Recipe.of_json(record.recipe), asked["source"], tuple(asked["names"]), tuple(roots),
+        tuple(allow_unverified), asked["limit"], folder.parent, (record.seed,),
+        asked.get("settings", {}), asked.get("by_hand", {}),
+    )  # fmt: skip
 
 
 def job_of(record: Record, loaded: dict[Any, dict[str, Dataset]], **data: Any) -> Job:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,7 @@ class Record:
         except (ValueError, TypeError) as error:  # not JSON, not UTF-8, other fields
             raise ValueError(
                 f"{path} is not a whole record ({error}); put it back from a copy, or run the "
-                "suite with --fresh to compute it again"
+                "suite again: it computes this record alone"
             ) from error
 
     def damage(self, folder: Path) -> str | None:
@@ -179,13 +179,23 @@ class Samples:
     groups: np.ndarray | None
     prediction: "Prediction"
 
+    def take(self, rows: np.ndarray) -> "Samples":
+        """The images of these rows, in this order."""
+        given, groups = self.prediction, self.groups
+        written = given.generated and [given.generated[row] for row in rows]
+        taken = replace(given, log_probability=given.log_probability[rows], generated=written)
+        groups = None if groups is None else groups[rows]
+        return Samples(self.ids[rows], self.labels[rows], groups, taken)
+
 
 def read_samples(path: Path) -> dict[str, Samples]:
     """The content of a samples file, by dataset."""
     from vitask.score import Prediction
 
     try:
-        table = pq.read_table(path).cast(SCHEMA)  # older files hold float64
+        table = pq.read_table(path)  # older files hold float64
+        if table.schema.names != SCHEMA.names:
+            raise ValueError(f"its columns are {', '.join(table.schema.names)}")
     except (OSError, pa.ArrowInvalid, ValueError) as error:
         raise ValueError(f"{path} is not a whole samples file ({error})") from error
     found = {}

@@ -18,12 +18,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from bench.runs.files import file_sha256, write_text
+from bench.runs.files import write_bytes, write_text
+from bench.runs.ingredients import record_key
 from bench.runs.keys import changes
 from bench.runs.models import models_of
 from bench.runs.records import Record, record_name, record_path, samples_path
@@ -31,19 +32,23 @@ from bench.runs.records import Record, record_name, record_path, samples_path
 MANIFEST = "run.json"
 UNFINISHED, SUPERSEDED = "unfinished", "superseded"
 OFFICIAL = "official"
+RENDERED = ("csv", "md", "svg")
 # Names that a killed process leaves; nothing else that is hidden is ours.
 LEFT_BEHIND = re.compile(r"\.+.+\.part(\..*)?|\.features-\w+")
 
 
 @dataclass
 class Entry:
-    """A suite in run.json. Older runs name no ingredients."""
+    """A suite in run.json. Older runs name no ingredients.
+
+    ready: in unfinished/, the records of whole seeds that are being moved to their place
+    """
 
     key: str
     command: str
     records: list[str]
     ingredients: dict[str, Any] = field(default_factory=dict)
-    whole: bool = True
+    ready: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -66,8 +71,8 @@ def locked(folder: Path) -> Iterator[None]:
         _sweep(folder)
         for place in sorted((folder / UNFINISHED).glob("*")):
             for suite, entry in read_manifest(place).items():
-                if entry.whole:  # killed while it was moved to its place
-                    promote(folder, suite, entry)
+                if entry.ready:  # killed while they were moved
+                    promote(folder, suite, replace(entry, records=entry.ready))
         yield
     finally:
         os.close(descriptor)
@@ -105,23 +110,24 @@ def write_manifest(folder: Path, manifest: Mapping[str, Entry]) -> None:
     write_text(folder / MANIFEST, text + "\n")
 
 
-def find(folder: Path, set_key: str, record: Path, key: str) -> Path | None:
+def find(folder: Path, set_key: str, name: str, key: str) -> Path | None:
     """The part of a run's folder that holds a whole record of this key, with its samples."""
     for place in (folder, folder / UNFINISHED / set_key, folder / SUPERSEDED / set_key):
-        path = place / record
-        if not path.is_file():
+        try:
+            record = Record.read(record_path(place, name))
+        except (OSError, ValueError):  # missing or damaged
             continue
-        found = Record.read(path)
-        samples = samples_path(place, found.name)
-        if found.key == key and samples.is_file() and file_sha256(samples) == found.samples_sha256:
+        if record.key == key and record.damage(place) is None:
             return place
     return None
 
 
 def begin(folder: Path, suite: str, entry: Entry) -> Path:
-    """The place where the records of a set are written until it is whole."""
+    """The place where the records of a set are written until their seeds are whole."""
     place = folder / UNFINISHED / entry.key
-    write_manifest(place, {suite: entry})
+    there = read_manifest(place).get(suite)
+    names = dict.fromkeys([*(there.records if there else ()), *entry.records])
+    write_manifest(place, {suite: replace(entry, records=list(names), ready=[])})
     return place
 
 
@@ -136,38 +142,56 @@ def superseding(folder: Path, suite: str, entry: Entry) -> list[str]:
 
 
 def promote(folder: Path, suite: str, entry: Entry) -> None:
-    """Show a whole set: its files move to the run's folder, those of another set out of it.
+    """Show the records of whole seeds: they move to the run's folder, another set out of it.
 
-    Every step can be repeated, so a killed move goes on.
+    Every step can be repeated, so a killed move goes on. Other seeds of the set stay unfinished.
     """
-    staged = folder / UNFINISHED / entry.key
-    entry = Entry(**(asdict(entry) | {"whole": True}))
-    write_manifest(staged, {suite: entry})
+    staged, again = folder / UNFINISHED / entry.key, folder / SUPERSEDED / entry.key
+    unfinished = read_manifest(begin(folder, suite, entry))[suite]
+    write_manifest(staged, {suite: replace(unfinished, ready=entry.records)})
     manifest = read_manifest(folder)
-    shown = manifest.get(suite)
+    shown, names = manifest.get(suite), dict.fromkeys(entry.records)
     if shown is not None and shown.key != entry.key:
         older = folder / SUPERSEDED / shown.key
         write_manifest(older, read_manifest(older) | {suite: shown})
         for name in shown.records:
-            if not record_path(older, name).exists():
+            if not record_path(older, name).exists() and _is_of(shown, folder, name):
                 _move(folder, older, name)
-        for ending in ("csv", "md"):
+        for ending in RENDERED:
             _replace(folder / f"{suite}.{ending}", older / f"{suite}.{ending}")
     elif shown is not None:  # seeds are added
-        entry.records = list(dict.fromkeys([*shown.records, *entry.records]))
-    again = folder / SUPERSEDED / entry.key
-    for place in (again, staged):
-        for name in read_manifest(place)[suite].records if place.exists() else ():
-            _move(place, folder, name)
-            if name not in entry.records:
-                entry.records.append(name)
-    entry.records.sort(key=lambda name: int(name.rpartition("seed")[2]))  # stable: methods' order
-    write_manifest(folder, manifest | {suite: entry})
-    for place in (again, staged):
-        shutil.rmtree(place, ignore_errors=True)
-    for parent in (folder / SUPERSEDED, folder / UNFINISHED):
-        if parent.is_dir() and not any(parent.iterdir()):
-            parent.rmdir()
+        names = dict.fromkeys([*shown.records, *names])
+    if (was := read_manifest(again).get(suite)) is not None:
+        names |= dict.fromkeys(was.records)
+    for name in names:
+        for place in (again, staged):
+            if record_path(place, name).is_file():
+                _move(place, folder, name)
+    ordered = sorted(names, key=lambda name: int(name.rpartition("seed")[2]))  # then as methods
+    write_manifest(folder, manifest | {suite: replace(entry, records=ordered, ready=[])})
+    rest = [name for name in unfinished.records if record_path(staged, name).is_file()]
+    if rest:
+        write_manifest(staged, {suite: replace(unfinished, records=rest, ready=[])})
+    for place in (again, *(() if rest else (staged,))):
+        _discard(place)
+
+
+def _is_of(entry: Entry, folder: Path, name: str) -> bool:
+    """Whether the record of this name is of the entry's set; older sets cannot say."""
+    if not entry.ingredients or not record_path(folder, name).is_file():
+        return True
+    record = Record.read(record_path(folder, name))
+    return record.key == record_key(entry.key, record.method, record.seed)
+
+
+def _discard(place: Path) -> None:
+    """Remove a folder whose records have moved, and the folder above it if it is empty."""
+    if place.is_dir():
+        hidden = place.with_name(f".{place.name}.part")  # swept if this is killed
+        os.replace(place, hidden)
+        shutil.rmtree(hidden)
+        if not any(place.parent.iterdir()):
+            place.parent.rmdir()
 
 
 def _move(source: Path, target: Path, name: str) -> None:
@@ -201,35 +225,30 @@ def what_fresh_deletes(folder: Path, suites: Sequence[str]) -> list[Path]:
     """Everything that runs of these suites left in a folder: records, samples, models."""
     found: list[Path] = []
     for suite in suites:
-        places = [folder, *folder.glob(f"{UNFINISHED}/*"), *folder.glob(f"{SUPERSEDED}/*")]
-        for place in places:
-            for name in ((entry := read_manifest(place).get(suite)) and entry.records) or ():
-                found += [record_path(place, name), samples_path(place, name)]
-                found += place.glob(f"{OFFICIAL}/*@{name}.csv")
-        found += [folder / f"{suite}.csv", folder / f"{suite}.md"]
+        for place in [*folder.glob(f"{UNFINISHED}/*"), *folder.glob(f"{SUPERSEDED}/*")]:
+            if set(read_manifest(place)) == {suite}:
+                found.append(place)
+        found += folder.glob(f"records/{suite}-*-seed*.json")
+        found += folder.glob(f"samples/{suite}-*-seed*.parquet")
+        found += folder.glob(f"{OFFICIAL}/*@{suite}-*-seed*.csv")
+        found += [folder / f"{suite}.{ending}" for ending in RENDERED]
         found += models_of(folder / "checkpoints", suite)
     return [path for path in dict.fromkeys(found) if path.exists()]
 
 
 def delete(folder: Path, suites: Sequence[str], paths: Sequence[Path]) -> None:
-    """Delete what `what_fresh_deletes` named, manifests last."""
+    """Delete what `what_fresh_deletes` named, and the suites from the manifest."""
     for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for place in (folder, *folder.glob(f"{UNFINISHED}/*"), *folder.glob(f"{SUPERSEDED}/*")):
-        manifest = read_manifest(place)
-        left = {suite: entry for suite, entry in manifest.items() if suite not in suites}
-        if left == manifest:
-            continue
-        if left or place == folder:
-            write_manifest(place, left)
-        else:
-            shutil.rmtree(place)
+    manifest = read_manifest(folder)
+    write_manifest(folder, {name: entry for name, entry in manifest.items() if name not in suites})
 
 
 def collect(source: Path, target: Path, note: Callable[[str], None]) -> list[str]:
     """Copy the sets that a run's folder shows into another folder; returns their suites.
 
-    Every file is checked against its digest before anything is copied.
+    Every file is checked against its digest before anything is copied. Of two sets, the one with
+    the newest record is shown.
     """
     manifest = read_manifest(source)
     if not manifest:
@@ -237,21 +256,35 @@ def collect(source: Path, target: Path, note: Callable[[str], None]) -> list[str
     records = {suite: read_records(source, suite) for suite in manifest}
     for record in chain.from_iterable(records.values()):
         if damage := record.damage(source):
-            raise ValueError(f"{source}: {record.name}: {damage}; nothing was copied")
+            raise ValueError(f"{source}: {record.name}: {damage}; nothing of it was copied")
     for suite, entry in manifest.items():
-        if changed := superseding(target, suite, entry):
-            note(f"{suite}: the set shown so far is superseded: {'; '.join(changed[:5])}")
-        place = target / UNFINISHED / entry.key
+        shown = read_manifest(target).get(suite)
+        changed = superseding(target, suite, entry)
+        older = (
+            bool(changed) and shown is not None and _newest(target, shown) > _newest(source, entry)
+        )
+        if older:
+            place = target / SUPERSEDED / entry.key
+            write_manifest(place, {suite: entry})
+        else:
+            place = begin(target, suite, entry)
         for record in records[suite]:
-            known = record_path(target, record.name)
-            if known.is_file() and Record.read(known).key == record.key:
-                continue
-            for path in (samples_path, record_path):
-                copy = path(place, record.name)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path(source, record.name), copy)
-        promote(target, suite, entry)
+            if find(target, entry.key, record.name, record.key) is None:
+                for path in (samples_path, record_path):
+                    copy, original = path(place, record.name), path(source, record.name)
+                    write_bytes(copy, original.read_bytes())
+                    os.utime(copy, (time := original.stat().st_mtime, time))
+        if changed:
+            which = "collected set is older and" if older else "set shown so far"
+            note(f"{suite}: the {which} is superseded: {'; '.join(changed[:5])}")
+        if not older:
+            promote(target, suite, entry)
     return list(manifest)
+
+
+def _newest(folder: Path, entry: Entry) -> float:
+    paths = [record_path(folder, name) for name in entry.records]
+    return max((path.stat().st_mtime for path in paths if path.is_file()), default=0.0)
 
 
 def strays(folder: Path) -> list[str]:

@@ -21,6 +21,7 @@ from bench.suite import Outcome, Suite, Training
 from vitask.checkpoint import Task, VITask
 from vitask.data.spec import SPLITS, Dataset
 from vitask.data.subset import subset
+from vitask.decision import rounded
 from vitask.exemplar import feature_kind
 from vitask.features import Features
 from vitask.recipes import Recipe, vanilla
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 # Costs in samples of vanilla tuning, measured with the pocket recipe.
 TSM_SAMPLE, VITASK_SAMPLE, SCORED_IMAGE = 0.25, 2.0, 0.6
-DIGITS = 2.0**-10  # nat: what samples keep of a log-probability
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Work:
 
     datasets: what is trained on; evaluated: what is scored (often the same)
     cache:    shared by all seeds and suites of a run
+    prefix:   of the models' names
     """
 
     suite: str
@@ -72,6 +73,7 @@ class Work:
     versions: dict[str, str]
     progress: "Advancing"
     cache: dict[Any, Any] = field(default_factory=dict)
+    prefix: str = ""
     _used: set[str] = field(default_factory=set)  # keys of models
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -79,12 +81,9 @@ class Work:
 
     def vlm(self) -> VLM:
         """A fresh VLM: tuning changes it in place."""
-        return VLM.load(
-            self.recipe.vlm,
-            dtype=getattr(torch, self.recipe.precision),
-            device=self.device,
-            attention=self.recipe.attention,
-        )
+        recipe = self.recipe
+        dtype = getattr(torch, recipe.precision)
+        return VLM.load(recipe.vlm, dtype=dtype, device=self.device, attention=recipe.attention)
 
     @cached_property
     def untuned(self) -> VITask:
@@ -181,15 +180,9 @@ class Work:
 
         def train(vlm: VLM, image: Features) -> tuple[VITask, Any]:
             model, log = tune(
-                vlm,
-                datasets,
-                recipe,
-                self.seed,
-                image=image,
-                tsm=None if tsm is None else tsm.model,
-                exemplar=in_training,
-                on_epoch=self._on_epoch(cost, training),
-            )
+                vlm, datasets, recipe, self.seed, image=image, exemplar=in_training,
+                tsm=None if tsm is None else tsm.model, on_epoch=self._on_epoch(cost, training),
+            )  # fmt: skip
             return model, asdict(log)
 
         load = partial(VITask.from_pretrained, device=self.device)
@@ -243,7 +236,7 @@ class Work:
         """The model of these ingredients, trained now or before, and its note."""
         place = self.folder / "checkpoints"
         model, note = kept(
-            place, f"{training.name}-seed{self.seed}", key(ingredients), self.suite,
+            place, f"{self.prefix}{training.name}-seed{self.seed}", key(ingredients), self.suite,
             prepare, save, load,
         )  # fmt: skip
         note["found"] = note["found"] and note["key"] not in self._used  # counted once
@@ -341,15 +334,6 @@ def classified(tsm: TSM, name: str, images: np.ndarray, dataset: Dataset) -> Pre
     """A task-specific model's prediction for some images of a dataset."""
     log_p = tsm.log_probabilities(images, dataset.spec)
     return Prediction(name, "labels" if dataset.spec.multi_label else "candidates", log_p)
-
-
-def rounded(prediction: Prediction) -> Prediction:
-    """As samples keep it: what is measured is what is on disk."""
-    log_p = np.round(prediction.log_probability / DIGITS) * DIGITS
-    return Prediction(
-        prediction.dataset, prediction.kind, log_p.astype(np.float32).astype(np.float64),
-        prediction.generated,
-    )  # fmt: skip
 
 
 def fraction(datasets: dict[str, Dataset], share: float) -> dict[str, Dataset]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.runs.work import Work, rounded
+from bench.runs.work import Work
 from bench.stats.resampling import interval
 from bench.suite import FOUR, Method, Outcome, Suite, pick
 from vitask.calibration import (
@@ -22,6 +22,7 @@ from vitask.calibration import (
     confidence,
     fit_temperature,
 )
+from vitask.decision import rounded
 from vitask.score import Prediction
 
 if TYPE_CHECKING:

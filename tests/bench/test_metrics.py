@@ -7,11 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from bench.stats.metrics import ECE_BINS, confusion, measure
 from vitask.data.spec import TASKS, DatasetSpec
-from vitask.decision import INVALID, Scored, scored
+from vitask.decision import INVALID, Scored, rounded, scored
 from vitask.prompts import candidates
 from vitask.score import Prediction
 
@@ -190,3 +192,20 @@ def test_auc_and_accuracy_equal_medmnist(make, tmp_path):
     for data, (auc, accuracy) in zip(found, json.loads(done.stdout), strict=True):
         assert value(data, "auc") == pytest.approx(auc, abs=1e-12)
         assert value(data, "medmnist_acc") == pytest.approx(accuracy, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["candidates", "labels"])
+@given(seed=st.integers(0, 2**32 - 1))
+def test_rounding_for_samples_moves_little_and_no_decision(kind, seed):
+    """Even where two candidates are nearly tied, or a label's probability is nearly one half."""
+    rng = np.random.default_rng(seed)
+    exact = rng.normal(-1, 1e-3, (20, 4)) if kind == "candidates" else np.log(0.5)
+    exact = exact + rng.normal(0, 1e-3, (20, 4))
+    kept = rounded(Prediction("toy", kind, exact)).log_probability
+    assert np.abs(kept - exact).max() <= 2 * 2.0**-10
+    np.testing.assert_array_equal(kept.astype(np.float32).astype(float), kept)
+    np.testing.assert_array_equal(kept * 2**10, np.round(kept * 2**10))
+    if kind == "candidates":
+        np.testing.assert_array_equal(kept.argmax(1), exact.argmax(1))
+    else:
+        np.testing.assert_array_equal(kept > np.log(0.5), exact > np.log(0.5))

@@ -163,7 +163,10 @@ def test_baselines_reuse_the_models_of_the_ablation(tiny):
         one, other = (next(r for r in rs if r.method == method) for rs in found.values())
         assert (one.metrics, one.extras) == (other.metrics, other.extras)
     folders = [p.name for p in (tiny.folder / "checkpoints").iterdir()]
-    assert sorted(n for n in folders if n.startswith(("crt-", "ep-"))) == ["crt-seed0", "ep-seed0"]
+    assert sorted(n for n in folders if n.startswith(("study-crt-", "study-ep-"))) == [
+        "study-crt-seed0",
+        "study-ep-seed0",
+    ]
 
 
 def test_suites_share_identical_models(tiny):

@@ -51,7 +51,7 @@ def listed(spec: DatasetSpec) -> dict[str, Any]:
     if spec.name in CORRUPTIONS_DS:
         return CORRUPTIONS_DS[spec.name]
     same = [name for name, modality in MODALITY.items() if modality == spec.modality]
-    return CORRUPTIONS_DS[same[0]] if same else {}
+    return next((CORRUPTIONS_DS[name] for name in same if name in CORRUPTIONS_DS), {})
 
 
 def split_listed(spec: DatasetSpec) -> tuple[list[str], dict[str, str]]:
@@ -115,7 +115,7 @@ def _seeded(text: str) -> Iterator[np.random.Generator]:
 def relative_errors(
     spec: DatasetSpec, clean: float, errors: dict[str, float]
 ) -> dict[str, tuple[float, float]]:
-    """Corruption -> MedMNIST-C's BE and RBE: balanced errors relative to AlexNet's, as in its paper.
+    """Corruption -> MedMNIST-C's BE and RBE: balanced errors relative to AlexNet's, as its paper.
 
     clean, errors: balanced error on clean images, and per corruption, averaged over severities.
     Its AlexNet was trained at 224 pixels, so compare only that size. Empty for other datasets.

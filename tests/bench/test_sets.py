@@ -1,0 +1,285 @@
+"""Results of a folder: killed, continued, extended, superseded, collected, deleted."""
+
+import json
+import os
+import signal
+import time
+from contextlib import redirect_stderr
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bench.api import run_plan
+from bench.commands.verify import differences
+from bench.runs import sets
+from bench.runs.plan import Job
+from bench.suite import suite
+
+
+def complete(plan, **how):
+    """Does the same as `python -m bench run cheap`."""
+    done = run_plan(plan, ["cheap"], command="python -m bench run cheap", **how)
+    assert done.failed == {}
+    return done
+
+
+def records_of(plan):
+    return sets.read_records(plan.folder, "cheap")
+
+
+def contents(folder):
+    """Every file's bytes, with the times and memory of records left out."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        content = path.read_bytes()
+        if path.parent.name == "records":
+            record = json.loads(content)
+            assert set(record.pop("measured")) == {"seconds", "peak_mib", "sha256"}
+            content = json.dumps(record)
+        found[path.relative_to(folder).as_posix()] = content
+    return found
+
+
+def changed_at(folder):
+    return {p.name: p.stat().st_mtime_ns for p in (folder / "records").iterdir()}
+
+
+@pytest.fixture
+def finished(plan):
+    complete(plan)
+    return plan, records_of(plan)
+
+
+def problems(plan):
+    return differences(plan.folder, records_of(plan), plan.datasets())
+
+
+def test_killed_at_five_moments_and_continued_gives_the_same_files(plan, tmp_path):
+    plan = replace(plan, seeds=(0, 1))
+    start = time.monotonic()
+    complete(plan)
+    seconds = time.monotonic() - start
+    expected = contents(plan.folder)
+    again = replace(plan, out=tmp_path / "again")
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            try:
+                with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+                    complete(again)
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0.1, 0.6) * seconds)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    complete(again)
+    assert contents(again.folder) == expected
+
+
+def test_a_run_continues_where_it_was_killed(finished):
+    """One lost record: only that one is computed again."""
+    plan, records = finished
+    before, files = changed_at(plan.folder), contents(plan.folder)
+    lost = records[1].name
+    (plan.folder / "records" / f"{lost}.json").unlink()
+    assert complete(plan).computed == {"cheap": 1}
+    after = changed_at(plan.folder)
+    assert [name for name in after if after[name] != before[name]] == [f"{lost}.json"]
+    assert contents(plan.folder) == files
+
+
+def test_the_same_command_again_computes_nothing_and_says_so(finished, capsys):
+    plan, _ = finished
+    before, files = changed_at(plan.folder), contents(plan.folder)
+    assert complete(plan).computed == {"cheap": 0}
+    assert "cheap: nothing to compute, 3 records found" in capsys.readouterr().err
+    assert changed_at(plan.folder) == before
+    assert contents(plan.folder) == files
+
+
+def test_more_seeds_are_added_to_a_run(finished, tmp_path):
+    """In any order, the folder equals that of one command with all seeds."""
+    plan, _ = finished
+    before = changed_at(plan.folder)
+    assert complete(replace(plan, seeds=(2,))).computed == {"cheap": 3}
+    after = changed_at(plan.folder)
+    assert {name: after[name] for name in before} == before
+    assert set(pd.read_csv(plan.folder / "cheap.csv").seeds) == {"0;2"}
+    assert problems(plan) == []
+    other = replace(plan, out=tmp_path / "other", seeds=(0, 2))
+    complete(other)
+    assert contents(other.folder) == contents(plan.folder)
+    assert complete(replace(plan, seeds=(0,))).computed == {"cheap": 0}
+    assert set(pd.read_csv(plan.folder / "cheap.csv").seeds) == {"0;2"}
+
+
+def test_changed_ingredients_supersede_a_set_and_restore_it(finished, monkeypatch, capsys):
+    """Nothing is lost or mixed, and the message names the changed ingredient."""
+    plan, records = finished
+    complete(replace(plan, seeds=(1,)))
+    files = contents(plan.folder)
+    other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5))
+    assert other.folder == plan.folder
+    assert complete(other).computed == {"cheap": 3}
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "recipe.weight_decay 0.01 → 0.5" in said
+    assert "superseded/" in said
+    older = plan.folder / "superseded" / Job.of(suite("cheap"), plan).key
+    assert sorted(p.stem for p in (older / "records").iterdir()) == sorted(
+        name.replace("seed0", f"seed{seed}")
+        for name in (r.name for r in records)
+        for seed in (0, 1)
+    )
+    assert set(pd.read_csv(plan.folder / "cheap.csv").seeds) == {0}
+    assert {r.recipe["weight_decay"] for r in records_of(plan)} == {0.5}
+    assert problems(plan) == []
+    assert differences(older, sets.read_records(older, "cheap"), plan.datasets()) == []
+    assert complete(plan).computed == {"cheap": 0}  # the first set is found again
+    shown = {name: content for name, content in contents(plan.folder).items()
+             if not name.startswith("superseded/")}  # fmt: skip
+    assert shown == files
+    assert complete(other).computed == {"cheap": 0}
+
+
+@pytest.mark.parametrize("moves", range(0, 14, 3))
+def test_a_killed_move_is_completed(finished, monkeypatch, moves):
+    plan, _ = finished
+    other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5), seeds=(0, 1))
+    real, left = os.replace, [moves]
+
+    def dying(source, target):
+        if "records" in str(target) or "samples" in str(target):
+            if left[0] == 0 and ".part" not in str(source):
+                raise KeyboardInterrupt
+            left[0] -= ".part" not in str(source)
+        real(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bench.runs.sets.os.replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(other, ["cheap"])
+    with sets.locked(plan.folder):
+        pass
+    assert {r.recipe["weight_decay"] for r in records_of(plan)} == {0.5}
+    assert sets.strays(plan.folder) == []
+    assert not (plan.folder / "unfinished").exists()
+    older = plan.folder / "superseded" / Job.of(suite("cheap"), plan).key
+    assert len(sets.read_records(older, "cheap")) == 3
+
+
+def test_an_unfinished_set_is_not_shown(finished, monkeypatch):
+    """The older complete set stays, with its tables."""
+    plan, _ = finished
+    files = contents(plan.folder)
+    of = suite("cheap")
+    whole = of.run
+
+    def broken(work, wanted):
+        yield next(whole(work, wanted))
+        raise RuntimeError("out of memory")
+
+    other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5))
+    with monkeypatch.context() as patched:
+        patched.setattr(of, "run", broken)
+        assert "out of memory" in run_plan(other, ["cheap"]).failed["cheap"]
+    shown = {name: content for name, content in contents(plan.folder).items()
+             if not name.startswith("unfinished/")}  # fmt: skip
+    assert shown == files
+    assert run_plan(other, ["cheap"]).computed == {"cheap": 2}
+
+
+def test_fresh_deletes_only_the_named_suites_and_lists_the_files(finished, capsys):
+    plan, records = finished
+    manifest = sets.read_manifest(plan.folder)
+    other = plan.folder / "records" / "other-x-seed0.json"
+    other.write_text("{}")
+    entry = replace(manifest["cheap"], records=["other-x-seed0"])
+    sets.write_manifest(plan.folder, manifest | {"other": entry})
+    before = changed_at(plan.folder)
+    assert complete(plan, fresh=True).computed == {"cheap": 3}
+    said = capsys.readouterr().err
+    for record in records:
+        assert f"--fresh deletes {plan.folder}/records/{record.name}.json" in said
+    assert other.is_file()
+    assert changed_at(plan.folder)[other.name] == before[other.name]
+    assert set(sets.read_manifest(plan.folder)) == {"cheap", "other"}
+
+
+def test_foreign_hidden_files_stay(finished):
+    plan, _ = finished
+    ours = [plan.folder / ".cheap.csv.part", plan.folder / "records" / ".x.json.part"]
+    for path in (*ours, plan.folder / ".gitignore"):
+        path.touch()
+    (plan.folder / ".git").mkdir()
+    (plan.folder / ".git" / "HEAD").touch()
+    with sets.locked(plan.folder):
+        pass
+    assert not any(path.exists() for path in ours)
+    assert (plan.folder / ".git" / "HEAD").is_file()
+    assert (plan.folder / ".gitignore").is_file()
+
+
+def test_collect_merges_seeds_from_other_folders(finished, tmp_path):
+    """As if one command had run them all; a damaged file is refused and nothing is copied."""
+    plan, _ = finished
+    elsewhere = replace(plan, out=tmp_path / "elsewhere", seeds=(1, 2))
+    complete(elsewhere)
+    target = tmp_path / "target" / plan.folder.name
+    for source in (plan.folder, elsewhere.folder):
+        with sets.locked(target):
+            assert sets.collect(source, target, print) == ["cheap"]
+    assert [r.seed for r in sets.read_records(target, "cheap")] == [0] * 3 + [1] * 3 + [2] * 3
+    assert sets.strays(target) == []
+    path = elsewhere.folder / "samples" / "cheap-noisy-seed1.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    fresh = tmp_path / "fresh" / plan.folder.name
+    with sets.locked(fresh), pytest.raises(ValueError, match=r"cheap-noisy-seed1.*SHA-256"):
+        sets.collect(elsewhere.folder, fresh, print)
+    assert list(fresh.iterdir()) == []
+
+
+def test_foreign_files_are_named(finished):
+    plan, _ = finished
+    assert sets.strays(plan.folder) == []
+    (plan.folder / "samples" / "cheap-noisy-seed7.parquet").write_bytes(b"")
+    assert sets.strays(plan.folder) == ["samples/cheap-noisy-seed7.parquet belongs to no run"]
+    (plan.folder / "run.json").write_text("{}")
+    assert "names no run" in sets.strays(plan.folder)[0]
+
+
+def test_a_damaged_sample_file_is_made_again(finished):
+    plan, records = finished
+    (plan.folder / "samples" / f"{records[0].name}.parquet").write_bytes(b"")
+    assert complete(plan).computed == {"cheap": 1}
+    assert problems(plan) == []
+
+
+def test_one_process_at_a_time(plan):
+    with (
+        sets.locked(plan.folder),
+        pytest.raises(ValueError, match="another run is writing"),
+        sets.locked(plan.folder),
+    ):
+        pass
+    with sets.locked(plan.folder):
+        pass
+    assert list(plan.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b'{"cheap": ', b"\xff\xfe{", b"[]", b'{"cheap": 3}'])
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run.json is not a run's manifest.*put it back"):
+        sets.read_manifest(tmp_path)
+
+
+def test_a_manifest_of_an_older_format_is_read(finished):
+    """Its sets lack ingredients; their tables are still rendered."""
+    plan, _ = finished
+    entry = {"key": "0" * 16, "command": "python -m bench run cheap", "finished": True}
+    entry["records"] = [r.name for r in records_of(plan)]
+    (plan.folder / "run.json").write_text(json.dumps({"cheap": entry}))
+    assert problems(plan) == []
