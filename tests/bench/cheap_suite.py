@@ -1,4 +1,4 @@
-"""A real suite that costs nothing: three methods on the raw pixels."""
+"""A real suite that runs in no time: three methods on raw pixels."""
 
 import time
 from collections.abc import Collection, Iterator

@@ -1,4 +1,4 @@
-"""Random answers to random questions, and a real, cheap suite on phantom data."""
+"""Random answers to random labels, and a real, cheap suite on phantom data."""
 
 import sys
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def spec_of(task: str, *, name: str = "toy") -> DatasetSpec:
 def answers_of(
     task: str, rng: np.random.Generator, labels: np.ndarray, *, kind: str = "candidates"
 ) -> tuple[Scored, Prediction]:
-    """A method that is right more often than not, with ties among its scores."""
+    """Answers that are mostly right, with ties among their scores."""
     spec = spec_of(task)
     known = candidates(spec, labels)
     if kind == "labels":
@@ -65,7 +65,7 @@ Maker = Callable[..., list[Scored]]
 
 @pytest.fixture
 def make() -> Maker:
-    """make(task, count, methods, seed) -> as many methods' answers to the same images."""
+    """make(task, count, methods, seed, kind) -> answers of each method to the same images."""
 
     def build(
         task: str, count: int = 80, methods: int = 1, seed: int = 0, kind: str = "candidates"
@@ -79,7 +79,7 @@ def make() -> Maker:
 
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """The suite `cheap` on three small phantoms: majority, pixels, and a method that writes."""
+    """A plan for the suite `cheap` on three small phantom datasets."""
     monkeypatch.syspath_prepend(HERE)
     monkeypatch.setitem(SUITES, "cheap", "cheap_suite")
     names = ("chestmnist", "retinamnist", "breastmnist")

@@ -1,4 +1,4 @@
-"""What a newcomer types, and what comes back."""
+"""The command line: answers, files, messages and exit codes."""
 
 import json
 import resource
@@ -40,7 +40,7 @@ def test_answers_at_once_without_torch(words):
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    # processor time: the machine may be busy with other things
+    # processor time, as the machine may be busy
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
@@ -59,7 +59,7 @@ def test_list_shows_the_methods_of_a_suite(name):
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_version_and_help_say_what_there_is():
+def test_version_and_help():
     assert bench("--version").output.startswith("vitask 0.")
     text = " ".join(bench("run", "--help").output.split())
     assert all(name in text for name in SUITES)
@@ -89,7 +89,7 @@ def test_version_and_help_say_what_there_is():
         (["forget"], "forget"),
     ],
 )
-def test_misuse_exits_2_and_names_the_nearest(words, message):
+def test_misuse_exits_2_and_names_the_nearest_match(words, message):
     done = bench(*words)
     assert done.exit_code == 2
     assert message in done.output
@@ -120,7 +120,7 @@ def test_misuse_exits_2_and_names_the_nearest(words, message):
     ],
     ids=" ".join,
 )
-def test_what_is_not_there_exits_1_with_one_message(words, tmp_path, monkeypatch):
+def test_missing_files_exit_1_with_one_message(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = bench(*words)
     assert done.exit_code == 1
@@ -159,7 +159,7 @@ def test_run_ends_with_its_table_and_its_page(plan):
     assert bench(*words, "--resume").stdout == again.stdout
 
 
-def test_settings_enter_the_folders_name_the_record_and_the_key(plan):
+def test_settings_enter_the_folder_name_the_record_and_the_key(plan):
     words = ["run", "cheap", "--recipe", "tiny", "--limit", 12, "--out", plan.out]
     assert bench(*words, "--set", "lora_rank=4").exit_code == 0
     (record,) = plan.out.glob("tiny+lora_rank=4-phantom-limit12/records/cheap-noisy-*")
@@ -197,7 +197,7 @@ def test_a_printed_recipe_can_be_run(plan, tmp_path):
         bench("run", "cheap", "--recipe", "tiny", "--limit", 12, "--out", plan.out).exit_code == 0
     )
     keys = {json.loads(path.read_text())["cheap"]["key"] for path in plan.out.glob("*/run.json")}
-    assert len(keys) == 1  # the name decides nothing
+    assert len(keys) == 1  # the name does not count
 
 
 @pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])
@@ -221,7 +221,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_anything_runs(
     assert not ran
 
 
-def test_collect_puts_runs_together(plan, tmp_path):
+def test_collect_merges_runs(plan, tmp_path):
     words = ["run", "cheap", "--recipe", "tiny", "--limit", 12]
     for seed in (0, 1):
         assert bench(*words, "--seeds", seed, "--out", tmp_path / str(seed)).exit_code == 0
@@ -257,7 +257,7 @@ def test_compare_takes_methods_or_runs(plan, tmp_path):
 
 
 def other_suite(monkeypatch, name, **changed):
-    """A suite like `cheap`, under another name and changed."""
+    """A changed suite `cheap` under another name."""
     of = type("Other", (type(suite("cheap")),), {"name": name, **changed})
     module = type(sys)(f"{name}_suite")
     module.SUITE, module.__file__ = of(), __file__
@@ -271,13 +271,13 @@ def without_labels(self, plan, datasets):
     raise ValueError("labels.csv is missing")
 
 
-def test_a_failing_suite_does_not_take_the_others_down(plan, monkeypatch):
+def test_the_other_suites_run_after_one_fails(plan, monkeypatch):
     other_suite(monkeypatch, "broken", run=None)
     words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
     done = bench("run", "broken", "cheap", *words)
     assert done.exit_code == 1
     assert "failed: broken: TypeError" in done.output
-    assert "Traceback" in done.output  # a fault of ours, not of the user
+    assert "Traceback" in done.output  # our error, not the user's
     (csv,) = plan.out.glob("*/cheap.csv")
     written = {path: path.stat().st_mtime_ns for path in csv.parent.glob("records/cheap-*")}
     assert bench("run", "broken", "cheap", *words).exit_code == 1
@@ -285,7 +285,7 @@ def test_a_failing_suite_does_not_take_the_others_down(plan, monkeypatch):
     assert list(json.loads((csv.parent / "run.json").read_text())) == ["cheap"]
 
 
-def test_a_suite_that_lacks_records_does_not_hide_the_others(plan, monkeypatch):
+def test_the_other_suites_are_rendered_if_one_lacks_records(plan, monkeypatch):
     other_suite(monkeypatch, "torn")
     words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
     assert bench("run", "torn", "cheap", *words).exit_code == 0
@@ -297,11 +297,11 @@ def test_a_suite_that_lacks_records_does_not_hide_the_others(plan, monkeypatch):
         done = bench(command, folder)
         assert done.exit_code == 1
         assert "lacks 3 of 3 records of suite 'torn'" in done.output
-        assert (folder / "cheap.csv").is_file()  # the others' files are written again, and checked
+        assert (folder / "cheap.csv").is_file()  # the other suites' files are rewritten and checked
     assert "3 record(s) of cheap: ok" in done.output
 
 
-def test_a_suite_without_its_data_does_not_take_the_others_down(plan, monkeypatch):
+def test_the_other_suites_run_if_one_lacks_its_data(plan, monkeypatch):
     other_suite(monkeypatch, "broken", evaluated=without_labels)
     words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
     done = bench("run", "broken", "cheap", *words)
@@ -310,7 +310,7 @@ def test_a_suite_without_its_data_does_not_take_the_others_down(plan, monkeypatc
     assert len(list(plan.out.glob("*/cheap.csv"))) == 1
 
 
-def test_verify_goes_on_after_a_suite_whose_data_are_gone(plan, monkeypatch):
+def test_verify_continues_after_a_suite_without_its_data(plan, monkeypatch):
     of = other_suite(monkeypatch, "away")
     words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
     assert bench("run", "away", "cheap", *words).exit_code == 0
@@ -323,7 +323,7 @@ def test_verify_goes_on_after_a_suite_whose_data_are_gone(plan, monkeypatch):
     assert f"{folder}: 3 record(s) of cheap: ok" in done.output
 
 
-def test_what_lacks_something_is_left_out_of_all_and_fails_by_name(plan, monkeypatch):
+def test_all_skips_a_suite_that_cannot_run_and_naming_it_fails(plan, monkeypatch):
     for name in set(SUITES) - {"cheap"}:
         monkeypatch.delitem(SUITES, name)
     other_suite(monkeypatch, "lacking", lacking=lambda self, plan: "no package")
@@ -387,7 +387,7 @@ def test_the_hub_package_is_refused_before_anything_is_imported(monkeypatch, pla
     assert not plan.out.exists()
 
 
-def test_a_training_part_of_one_class_is_named():
+def test_a_train_split_of_one_class_is_named():
     from vitask.baselines import linear_probe
     from vitask.data import load, subset
     from vitask.features import Features

@@ -1,4 +1,4 @@
-"""A key changes with the code that decides a result, and with nothing else."""
+"""A key changes with the code that decides a result, and only with it."""
 
 import ast
 import json
@@ -34,7 +34,7 @@ def edited(path: Path, old: str, new: str) -> None:
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory) -> Path:
-    """A copy of the three packages, for tests that leave it as they found it."""
+    """A copy of the three packages, for tests that do not change it."""
     root = tmp_path_factory.mktemp("copied")
     for path in PATHS:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def checkout(copied, tmp_path) -> Path:
 
 @pytest.fixture
 def digest(tmp_path) -> Callable[..., str]:
-    """Of a module with the given text, which imports nothing of the project."""
+    """Returns the digest of a module with the given text, which imports nothing of the project."""
 
     def of(text: str, path: str = EXAMPLE) -> str:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -62,15 +62,15 @@ def digest(tmp_path) -> Callable[..., str]:
 
 @pytest.fixture(scope="module")
 def closures(copied) -> dict[str, dict[str, str]]:
-    """Module -> its code, of all modules."""
+    """Module -> its code, for all modules."""
     return {path: code([dotted(path)], root=copied) for path in PATHS}
 
 
-# What leaves a digest as it is
+# Edits that keep a digest
 
 
 class Reworded(ast.NodeTransformer):
-    """Other docstrings, and one where there was none."""
+    """Changes all docstrings and adds missing ones."""
 
     def visit_FunctionDef(self, node):
         self.generic_visit(node)
@@ -87,7 +87,7 @@ class Reworded(ast.NodeTransformer):
 def test_documentation_and_formatting_do_not_count(copied, checkout):
     for path in PATHS:
         tree = ast.fix_missing_locations(Reworded().visit(ast.parse((checkout / path).read_text())))
-        text = ast.unparse(tree)  # has no comments, and line ends and quotes of its own
+        text = ast.unparse(tree)  # drops comments, changes line ends and quotes
         (checkout / path).write_text(f"# A comment.\n\n{text}  # another\n")
     every = [dotted(path) for path in PATHS]
     assert code(every, root=checkout) == code(every, root=copied)
@@ -116,7 +116,7 @@ def test_prose_and_types_do_not_count(digest, before, after):
     assert digest(before) == digest(after)
 
 
-# What changes it
+# Edits that change it
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_prose_and_types_do_not_count(digest, before, after):
         ("from numpy import sin as f", "from numpy import cos as f"),
     ],
 )
-def test_what_is_executed_counts(digest, before, after):
+def test_executed_code_counts(digest, before, after):
     assert digest(before) != digest(after)
 
 
@@ -166,7 +166,7 @@ def test_texts_count_where_a_model_may_read_them(digest):
 
 
 def test_types_of_kernels_count(digest):
-    """Triton compiles what is annotated as a constant."""
+    """Triton compiles arguments that are annotated as constants."""
     for before, after in [
         ("def f(x): pass", "def f(x: tl.constexpr): pass"),
         ("def f():\n    x = 1", "def f():\n    x: tl.constexpr = 1"),
@@ -175,7 +175,7 @@ def test_types_of_kernels_count(digest):
 
 
 def numbers(source: str) -> Iterator[ast.Constant]:
-    """Numbers that are executed: of no type, no f-string and no field or value of a recipe."""
+    """Executed numbers: not in types, f-strings, or fields and values of a recipe."""
 
     def of(node: ast.AST) -> Iterator[ast.Constant]:
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
@@ -190,7 +190,7 @@ def numbers(source: str) -> Iterator[ast.Constant]:
 
 
 @given(st.data())
-def test_a_changed_number_changes_its_module_and_the_keys_of_who_imports_it(copied, closures, data):
+def test_a_changed_number_changes_its_module_and_the_keys_of_importers(copied, closures, data):
     changed = data.draw(st.sampled_from([p for p in PATHS if p != "vitask/recipes.py"]))
     original = (copied / changed).read_bytes()
     found = list(numbers(original.decode()))
@@ -219,7 +219,7 @@ def ingredients(digests: dict[str, str]) -> dict[str, str]:
 # Recipes
 
 
-def test_values_of_recipes_do_not_count_and_what_a_recipe_does_counts(checkout):
+def test_values_of_recipes_do_not_count_but_their_code_does(checkout):
     path = "vitask/recipes.py"
     before = code(["vitask.recipes"], root=checkout)
     with (checkout / path).open("a") as file:
@@ -242,13 +242,13 @@ def test_fields_are_those_that_modules_read():
     assert fields_read(PATHS, ["no_field"]) == set()
 
 
-def test_who_reads_a_property_of_a_recipe_reads_its_fields(checkout):
+def test_reading_a_property_of_a_recipe_reads_its_fields(checkout):
     (checkout / EXAMPLE).write_text("def f(recipe):\n    return recipe.epochs\n")
     found = fields_read([EXAMPLE], KNOWN, root=checkout)
     assert found == {"stage1_epochs", "stage2_epochs"}
 
 
-def test_to_set_a_field_or_to_name_it_in_a_message_is_not_to_read_it(checkout):
+def test_setting_a_field_or_naming_it_in_a_message_does_not_read_it(checkout):
     text = "r.warmup = 1\nreplace(r, warmup=1)\nraise ValueError(f'{r.warmup}')\n"
     (checkout / EXAMPLE).write_text(text)
     assert fields_read([EXAMPLE], KNOWN, root=checkout) == set()
@@ -257,8 +257,8 @@ def test_to_set_a_field_or_to_name_it_in_a_message_is_not_to_read_it(checkout):
 # Imports
 
 
-def test_all_that_python_imports_is_found():
-    """But for the `__init__` of packages, which Python always runs."""
+def test_every_import_of_python_is_found():
+    """Except the `__init__` of packages, which Python always runs."""
     script = (
         "import json, sys, vitask.train\n"
         "files = [getattr(one, '__file__', None) for one in sys.modules.values()]\n"
@@ -273,7 +273,7 @@ def test_all_that_python_imports_is_found():
     ours = {path for path in PATHS if ROOT / path in imported}
     assert {"kernels/linear.py", "vitask/train.py"} <= ours
     missing = ours - code(["vitask.train"]).keys()
-    missing -= code(["vitask.data"]).keys()  # what that `__init__` re-exports
+    missing -= code(["vitask.data"]).keys()  # re-exported by that `__init__`
     assert {path for path in missing if not path.endswith("__init__.py")} == set()
 
 
@@ -307,7 +307,7 @@ def test_an_import_depends_on_what_it_names(tmp_path, statement, expected):
     assert left.keys() == {"bench/entry.py"}
 
 
-def test_what_is_left_out_takes_along_what_only_it_imports(checkout):
+def test_an_excluded_module_excludes_the_modules_that_only_it_imports(checkout):
     (checkout / "vitask/families").mkdir(exist_ok=True)
     for name, text in {"one": "import vitask.tree\n", "two": "import vitask.rows_of_two\n"}.items():
         (checkout / f"vitask/families/{name}.py").write_text(text)
@@ -332,7 +332,7 @@ def test_a_relative_import_is_refused(digest):
 # Ingredients
 
 
-def test_changes_name_what_differs():
+def test_changes_name_the_differences():
     before = {
         "recipe.learning_rate": 0.003,
         "versions.torch": "2.14",
@@ -370,20 +370,20 @@ def test_keys_differ_if_and_only_if_a_change_can_be_named(before, after):
 
 
 @given(FLAT)
-def test_the_order_of_ingredients_and_a_way_through_json_do_not_matter(found):
+def test_keys_ignore_the_order_of_ingredients_and_survive_json(found):
     assert key(dict(reversed(found.items()))) == key(found)
     again = json.loads(json.dumps(found))
     assert key(again) == key(found)
     assert changes(found, again) == []
 
 
-def test_a_tuple_and_its_list_are_the_same():
+def test_a_tuple_and_its_list_give_the_same_key():
     assert changes({"x": (1, 2)}, {"x": [1, 2]}) == []
     assert key({"x": (1, 2)}) == key({"x": [1, 2]})
     assert changes({"x": 1}, {"x": 1.0}) == ["x 1 → 1.0"]
 
 
-def test_weights_are_names_and_bytes(tmp_path):
+def test_weights_count_by_names_and_bytes(tmp_path):
     def of(**files: bytes) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         for name, content in files.items():

@@ -1,4 +1,4 @@
-"""predict: a folder of images and a saved model -> one CSV row for each image, and nothing else."""
+"""predict: a folder of images and a checkpoint -> one CSV row per image."""
 
 import csv
 import io
@@ -48,7 +48,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def images(tmp_path):
-    """Five images of different modes, of which one lies deeper, and a file that is not one."""
+    """Five images of different modes, one of them in a subfolder, and a text file."""
     folder, rng = tmp_path / "images", np.random.default_rng(0)
     (folder / "deep").mkdir(parents=True)
     colour = Image.fromarray(rng.integers(0, 256, (30, 50, 3), dtype=np.uint8))
@@ -64,7 +64,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    """Whoever imports torch or the model's class fails, with an error that is not ours."""
+    """Makes every import of torch or of the model's class fail."""
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setitem(sys.modules, "vitask.checkpoint", None)
 
@@ -78,7 +78,7 @@ def table(text):
 
 
 def bomb(path):
-    """A PNG of a few bytes that says it is 40,000 x 40,000 pixels."""
+    """A PNG of a few bytes that claims 40,000 x 40,000 pixels."""
     chunks = b""
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0)
     for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
@@ -107,7 +107,7 @@ def test_every_image_gets_a_row(models, images, tmp_path):
 
 
 @pytest.mark.parametrize("exemplar", [True, False])
-def test_the_rows_say_what_the_model_says(models, images, exemplar):
+def test_the_rows_hold_the_model_predictions(models, images, exemplar):
     flag = "--exemplar" if exemplar else "--no-exemplar"
     done = predict(models / "with", images, "--dataset", "octmnist", flag)
     frame = table(done.stdout)
@@ -120,7 +120,7 @@ def test_the_rows_say_what_the_model_says(models, images, exemplar):
     assert frame.generated.tolist() == model.write("octmnist", tokens)
 
 
-def test_the_exemplar_is_used_wherever_there_is_one(models, images):
+def test_the_exemplar_is_used_by_default(models, images):
     words = (models / "with", images, "--dataset", "octmnist")
     default = predict(*words).stdout
     assert default == predict(*words, "--exemplar").stdout
@@ -129,7 +129,7 @@ def test_the_exemplar_is_used_wherever_there_is_one(models, images):
     assert predict(*words).stdout == predict(*words, "--no-exemplar").stdout
 
 
-def test_one_dataset_needs_no_name_and_real_data_no_mark(models, images):
+def test_a_single_dataset_needs_no_name_and_real_data_no_mark(models, images):
     done = predict(models / "one", images)
     assert done.exit_code == 0, done.output
     assert list(table(done.stdout))[:4] == ["file", "answer", "generated", "error"]
@@ -142,7 +142,7 @@ def test_probabilities_have_six_digits(models, images):
     assert all(len(cell) == 8 and cell[1] == "." for cell in cells)
 
 
-def test_the_batch_size_decides_memory_and_no_answer(models, images, monkeypatch):
+def test_the_batch_size_does_not_change_answers(models, images, monkeypatch):
     batches, judge = [], VITask.image_tokens
 
     def counted(self, images, **options):
@@ -158,7 +158,7 @@ def test_the_batch_size_decides_memory_and_no_answer(models, images, monkeypatch
     pd.testing.assert_frame_equal(split.drop(columns=digits), whole.drop(columns=digits))
 
 
-def test_rows_are_written_before_the_next_batch_is_judged(models, images, tmp_path, monkeypatch):
+def test_rows_are_written_before_the_next_batch_is_scored(models, images, tmp_path, monkeypatch):
     part, lines, judge = tmp_path / ".answers.csv.part", [], VITask.image_tokens
 
     def counted(self, images, **options):
@@ -173,7 +173,7 @@ def test_rows_are_written_before_the_next_batch_is_judged(models, images, tmp_pa
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_stopped_run_leaves_the_old_file_as_it_was(models, images, tmp_path, monkeypatch, error):
+def test_a_stopped_run_keeps_the_old_file(models, images, tmp_path, monkeypatch, error):
     def stopped(*_, **__):
         raise error
 
@@ -186,10 +186,10 @@ def test_a_stopped_run_leaves_the_old_file_as_it_was(models, images, tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.csv", "images"]
 
 
-# Images that cannot be read
+# Unreadable images
 
 
-def test_an_unreadable_image_is_a_row_with_its_error(models, images):
+def test_an_unreadable_image_gets_a_row_with_its_error(models, images):
     (images / "a_zero.png").touch()
     (images / "b_text.png").write_bytes(b"no image")
     whole = (images / "deep" / "one.PNG").read_bytes()
@@ -213,7 +213,7 @@ def test_an_unreadable_image_is_a_row_with_its_error(models, images):
     assert set(good.trained_on) == {"PHANTOM data"}
 
 
-def test_a_folder_without_one_readable_image_is_still_answered(models, tmp_path):
+def test_a_folder_of_unreadable_images_still_gets_rows(models, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "zero.png").touch()
     done = predict(models / "one", tmp_path / "images", "--output", tmp_path / "answers.csv")
@@ -284,7 +284,7 @@ def test_a_checkpoint_is_read_first(models, images, tmp_path, no_model, content)
     assert f"{broken}" in done.output
 
 
-def test_an_exemplar_that_is_lost_is_not_left_out_quietly(models, images, tmp_path, no_model):
+def test_a_lost_exemplar_is_an_error(models, images, tmp_path, no_model):
     shutil.copytree(models / "with", tmp_path / "lost")
     (tmp_path / "lost" / "tsm.json").unlink()
     done = predict(tmp_path / "lost", images, "--dataset", "octmnist")
@@ -316,11 +316,11 @@ def test_a_folder_without_images_is_named_first(models, tmp_path, no_model, name
     assert f"no folder {folder / 'nowhere'}" in done.output
 
 
-def test_correct_arguments_do_load_the_model(models, images, no_model):
-    """So the tests above would notice a check that comes after it."""
+def test_correct_arguments_load_the_model(models, images, no_model):
+    """Without this, the tests above would pass even if a check came later."""
     assert isinstance(predict(models / "one", images).exception, ImportError)
 
 
-def test_the_checks_themselves_need_no_torch():
+def test_the_checks_do_not_import_torch():
     code = "import sys, bench.commands.predict; assert not {'torch', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

@@ -24,7 +24,7 @@ from vitask.files import file_sha256
 
 
 def complete(plan, **how):
-    """All that `python -m bench run cheap` does."""
+    """Does the same as `python -m bench run cheap`."""
     done = run_plan(plan, ["cheap"], command="python -m bench run cheap", **how)
     assert done.failed == {}
     return done
@@ -66,7 +66,7 @@ def test_table(finished):
     assert other.p.between(0, 1).all()
     assert other.p.equals(other.p_images)
     assert set(other.reference) == {"vanilla"}
-    assert len(other) == 4 + 4 + 1  # qwk: the ordinal dataset alone, and in no average
+    assert len(other) == 4 + 4 + 1  # qwk: only for the ordinal dataset, and never averaged
     assert frame[frame.metric == "gen_invalid"].method.unique().tolist() == ["vanilla", "noisy"]
     assert not frame[frame.metric.str.startswith("gen_")].primary.any()
     assert frame.small_test.all()
@@ -99,7 +99,7 @@ def test_limit_holds_for_every_split(plan):
     assert {len(split) for d in found.values() for split in d.splits.values()} == {9}
 
 
-def test_record_survives_its_file(finished):
+def test_a_record_survives_its_file(finished):
     plan, records = finished
     path = plan.folder / "records" / f"{records[0].name}.json"
     again = Record.read(path)
@@ -123,7 +123,7 @@ def test_verify_sees_one_changed_byte(finished, kind):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         try:
             found = problems(plan)
-        except ValueError as error:  # no longer readable: as good an answer
+        except ValueError as error:  # unreadable also counts as noticed
             found = [str(error)]
         assert found, f"{path.name}, byte {place}"
         path.write_bytes(whole)
@@ -143,7 +143,7 @@ def test_verify_sees_a_changed_label_in_the_data(finished):
 
 
 def test_verify_sees_a_forged_sample_file(finished):
-    """A label changed in the samples, with every checksum put right again."""
+    """A changed label in the samples, with all checksums corrected."""
     plan, records = finished
     path = plan.folder / "samples" / f"{records[0].name}.parquet"
     rows = pq.read_table(path)
@@ -163,7 +163,7 @@ def test_verify_sees_a_forged_metric(finished):
     assert "0.99 in the record" in problems(plan)[0]
 
 
-def test_datasets_of_the_same_images_are_drawn_as_one(plan, monkeypatch):
+def test_datasets_with_the_same_images_are_drawn_together(plan, monkeypatch):
     """Two more names for the same images add no information."""
     plan = replace(plan, names=("breastmnist",))
     of = suite("cheap")
@@ -189,7 +189,7 @@ def test_datasets_of_the_same_images_are_drawn_as_one(plan, monkeypatch):
     assert "Fewer than 500 test images: breastmnist. Read" in (plan.folder / "cheap.md").read_text()
 
 
-def test_time_left_follows_the_work_done_now():
+def test_time_left_counts_only_the_work_of_this_run():
     clock, text = iter((0.0, 20.0, 80.0, 80.0)), io.StringIO()
     progress = Progress(100.0, Console(file=text, width=20), clock=lambda: next(clock))
     progress.skip(80.0, "found")
@@ -197,7 +197,7 @@ def test_time_left_follows_the_work_done_now():
     assert " 50%  1:20 elapsed, about 1:20 left  computed\n" in text.getvalue()  # not wrapped
 
 
-def test_piped_progress_prints_a_line_in_ten_seconds_and_one_for_each_model():
+def test_piped_progress_prints_a_line_per_ten_seconds_and_per_model():
     text, now = io.StringIO(), [0.0]
     progress = Progress(100.0, Console(file=text, width=80), clock=lambda: now[0])
     for second in range(25):
@@ -208,8 +208,8 @@ def test_piped_progress_prints_a_line_in_ten_seconds_and_one_for_each_model():
     ]  # fmt: skip
 
 
-def test_a_suite_that_fails_leaves_nothing_to_wait_for(plan, monkeypatch):
-    """Neither the rest of its seed nor its other seeds."""
+def test_progress_drops_the_remaining_work_of_a_failed_suite(plan, monkeypatch):
+    """The rest of its seed and its other seeds."""
     job, text = Job.of(suite("cheap"), replace(plan, seeds=(0, 1))), io.StringIO()
     whole = job.suite.run
 
@@ -218,7 +218,7 @@ def test_a_suite_that_fails_leaves_nothing_to_wait_for(plan, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(job.suite, "run", broken)
-    one = job.units / 3  # of three methods
+    one = job.units / 3  # three methods
     progress = Progress(6 * one + one, Console(file=text))  # and another suite of one unit
     with pytest.raises(RuntimeError, match="out of memory"):
         run_job(job, plan.folder, progress, command="python -m bench run cheap")
@@ -226,7 +226,7 @@ def test_a_suite_that_fails_leaves_nothing_to_wait_for(plan, monkeypatch):
     assert progress._done / progress._units == pytest.approx(0.5)  # one is done, one is left
 
 
-def test_the_page_names_all_that_produced_it(finished):
+def test_the_page_names_everything_that_produced_it(finished):
     plan, records = finished
     again = [
         replace(
@@ -258,7 +258,7 @@ def test_the_page_names_all_that_produced_it(finished):
     )
 
 
-def test_torn_groups_are_refused(plan, monkeypatch):
+def test_groups_across_splits_are_refused(plan, monkeypatch):
     dataset = plan.datasets()["breastmnist"]
     torn = {
         name: replace(split, groups=np.array([f"patient {i}" for i in range(len(split))]))
@@ -269,7 +269,7 @@ def test_torn_groups_are_refused(plan, monkeypatch):
         replace(plan, names=("breastmnist",)).datasets()
 
 
-def test_two_methods_compare_as_the_table_does(finished):
+def test_compared_methods_match_the_table(finished):
     plan, _ = finished
     table = pd.read_csv(plan.folder / "cheap.csv")
     found = compare_methods(plan.folder, "cheap", "noisy", "vanilla")
@@ -291,7 +291,7 @@ def test_two_methods_compare_as_the_table_does(finished):
         chosen(found, suite("cheap"), ["aux"], [])
 
 
-def test_two_runs_compare_on_the_images_that_they_share(finished, tmp_path):
+def test_two_runs_are_compared_on_their_common_images(finished, tmp_path):
     plan, _ = finished
     other = replace(plan, out=tmp_path / "other", limit=20, seeds=(0, 1))
     complete(other)
@@ -311,7 +311,7 @@ def test_two_runs_compare_on_the_images_that_they_share(finished, tmp_path):
         compare_runs(folders, "cheap", "noisy")
 
 
-def test_runs_whose_test_labels_differ_are_not_compared(finished, tmp_path):
+def test_runs_with_different_test_labels_are_not_compared(finished, tmp_path):
     plan, _ = finished
     other = replace(plan, out=tmp_path / "other")
     complete(other)

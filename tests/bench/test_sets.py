@@ -1,4 +1,4 @@
-"""Results are kept: killed, continued, added to, superseded, collected, deleted on request."""
+"""Results of a folder: killed, continued, extended, superseded, collected, deleted."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from bench.suite import suite
 
 
 def complete(plan, **how):
-    """All that `python -m bench run cheap` does."""
+    """Does the same as `python -m bench run cheap`."""
     done = run_plan(plan, ["cheap"], command="python -m bench run cheap", **how)
     assert done.failed == {}
     return done
@@ -30,7 +30,7 @@ def records_of(plan):
 
 
 def contents(folder):
-    """Every file's bytes, records without what time and memory are kept in."""
+    """Every file's bytes, with the times and memory of records left out."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         content = path.read_bytes()
@@ -80,7 +80,7 @@ def test_killed_at_five_moments_and_continued_gives_the_same_files(plan, tmp_pat
 
 
 def test_a_run_continues_where_it_was_killed(finished):
-    """One record is lost: that one alone is computed again."""
+    """One lost record: only that one is computed again."""
     plan, records = finished
     before, files = changed_at(plan.folder), contents(plan.folder)
     lost = records[1].name
@@ -100,8 +100,8 @@ def test_the_same_command_again_computes_nothing_and_says_so(finished, capsys):
     assert contents(plan.folder) == files
 
 
-def test_other_seeds_are_added(finished, tmp_path):
-    """In any order: the folder is that of one command with all seeds."""
+def test_more_seeds_are_added_to_a_run(finished, tmp_path):
+    """In any order, the folder equals that of one command with all seeds."""
     plan, _ = finished
     before = changed_at(plan.folder)
     assert complete(replace(plan, seeds=(2,))).computed == {"cheap": 3}
@@ -116,8 +116,8 @@ def test_other_seeds_are_added(finished, tmp_path):
     assert set(pd.read_csv(plan.folder / "cheap.csv").seeds) == {"0;2"}
 
 
-def test_other_ingredients_supersede_and_come_back(finished, monkeypatch, capsys):
-    """Nothing is lost or mixed, and the message names the ingredient that differs."""
+def test_changed_ingredients_supersede_a_set_and_restore_it(finished, monkeypatch, capsys):
+    """Nothing is lost or mixed, and the message names the changed ingredient."""
     plan, records = finished
     complete(replace(plan, seeds=(1,)))
     files = contents(plan.folder)
@@ -137,7 +137,7 @@ def test_other_ingredients_supersede_and_come_back(finished, monkeypatch, capsys
     assert {r.recipe["weight_decay"] for r in records_of(plan)} == {0.5}
     assert problems(plan) == []
     assert differences(older, sets.read_records(older, "cheap"), plan.datasets()) == []
-    assert complete(plan).computed == {"cheap": 0}  # the first ones are found again
+    assert complete(plan).computed == {"cheap": 0}  # the first set is found again
     shown = {name: content for name, content in contents(plan.folder).items()
              if not name.startswith("superseded/")}  # fmt: skip
     assert shown == files
@@ -145,7 +145,7 @@ def test_other_ingredients_supersede_and_come_back(finished, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("moves", range(0, 14, 3))
-def test_a_move_that_is_killed_goes_on(finished, monkeypatch, moves):
+def test_a_killed_move_is_completed(finished, monkeypatch, moves):
     plan, _ = finished
     other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5), seeds=(0, 1))
     real, left = os.replace, [moves]
@@ -171,7 +171,7 @@ def test_a_move_that_is_killed_goes_on(finished, monkeypatch, moves):
 
 
 def test_an_unfinished_set_is_not_shown(finished, monkeypatch):
-    """The older whole one stays, in its tables too."""
+    """The older complete set stays, with its tables."""
     plan, _ = finished
     files = contents(plan.folder)
     of = suite("cheap")
@@ -191,7 +191,7 @@ def test_an_unfinished_set_is_not_shown(finished, monkeypatch):
     assert run_plan(other, ["cheap"]).computed == {"cheap": 2}
 
 
-def test_fresh_deletes_the_named_suites_alone_and_names_what(finished, capsys):
+def test_fresh_deletes_only_the_named_suites_and_lists_the_files(finished, capsys):
     plan, records = finished
     manifest = sets.read_manifest(plan.folder)
     other = plan.folder / "records" / "other-x-seed0.json"
@@ -208,7 +208,7 @@ def test_fresh_deletes_the_named_suites_alone_and_names_what(finished, capsys):
     assert set(sets.read_manifest(plan.folder)) == {"cheap", "other"}
 
 
-def test_hidden_files_that_are_not_ours_stay(finished):
+def test_foreign_hidden_files_stay(finished):
     plan, _ = finished
     ours = [plan.folder / ".cheap.csv.part", plan.folder / "records" / ".x.json.part"]
     for path in (*ours, plan.folder / ".gitignore"):
@@ -223,7 +223,7 @@ def test_hidden_files_that_are_not_ours_stay(finished):
 
 
 def test_collect_merges_seeds_from_other_folders(finished, tmp_path):
-    """As if one command had run them all; a damaged file is refused, and nothing is copied."""
+    """As if one command had run them all; a damaged file is refused and nothing is copied."""
     plan, _ = finished
     elsewhere = replace(plan, out=tmp_path / "elsewhere", seeds=(1, 2))
     complete(elsewhere)
@@ -241,7 +241,7 @@ def test_collect_merges_seeds_from_other_folders(finished, tmp_path):
     assert list(fresh.iterdir()) == []
 
 
-def test_strangers_among_the_files_are_named(finished):
+def test_foreign_files_are_named(finished):
     plan, _ = finished
     assert sets.strays(plan.folder) == []
     (plan.folder / "samples" / "cheap-noisy-seed7.parquet").write_bytes(b"")
@@ -277,7 +277,7 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
 
 
 def test_a_manifest_of_an_older_format_is_read(finished):
-    """Its sets name no ingredients; their tables are rendered all the same."""
+    """Its sets lack ingredients; their tables are still rendered."""
     plan, _ = finished
     entry = {"key": "0" * 16, "command": "python -m bench run cheap", "finished": True}
     entry["records"] = [r.name for r in records_of(plan)]

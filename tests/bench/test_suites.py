@@ -1,4 +1,4 @@
-"""Every suite: its face, and one whole run at a size of seconds."""
+"""Every suite: its attributes, its page, and a complete run that takes seconds."""
 
 import re
 from dataclasses import replace
@@ -27,7 +27,7 @@ every = pytest.mark.parametrize("name", SUITES)
 
 
 @every
-def test_face_is_complete(name):
+def test_attributes_are_complete(name):
     of = suite(name)
     assert of.name == name
     assert of.about
@@ -52,13 +52,13 @@ def test_suites_are_the_files_of_their_folder():
 
 
 @pytest.mark.parametrize("name", [*SUITES, *MACHINE_SUITES])
-def test_docs_say_what_it_asks_and_how_to_read_it(name):
+def test_the_page_states_the_question_and_how_to_read_it(name):
     text = (ROOT / "bench" / "suites" / f"{name}.md").read_text()
     assert "**What it asks.**" in text
     assert "**How to read it.**" in text
 
 
-def test_machine_suites_are_modules_of_their_name():
+def test_machine_suites_have_columns_and_an_introduction():
     assert not set(MACHINE_SUITES) & set(SUITES)
     for name in MACHINE_SUITES:
         assert machine_suite(name).columns
@@ -66,7 +66,7 @@ def test_machine_suites_are_modules_of_their_name():
 
 
 class Silent:
-    """Adds up the units that are reported."""
+    """Adds up the reported units."""
 
     def __init__(self) -> None:
         self.units = 0.0
@@ -83,7 +83,7 @@ class Silent:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Plan:
-    """Two phantoms, one of them RetinaMNIST's; one folder for all suites, as with --all."""
+    """A plan for two phantom datasets; all suites share one folder, as with --all."""
     datasets = ("retinamnist", "breastmnist")
     small = {"stage1_epochs": 1, "stage2_epochs": 1, "tsm_epochs": 1}
     study = Study(datasets=datasets, train_limit=12, **small)
@@ -102,9 +102,8 @@ def run(job: Job, progress: Silent):
 
 
 def job_of_suite(name: str, plan: Plan) -> Job:
-    """In the folder of the plan, as several suites of one command are."""
-    own = sized(plan, suite(name))
-    return Job.of(suite(name), own)
+    """A job in the plan's folder, as when one command runs several suites."""
+    return Job.of(suite(name), sized(plan, suite(name)))
 
 
 @every
@@ -116,7 +115,7 @@ def test_a_suite_runs_to_its_tables_and_verifies(name, tiny):
         records, computed = run_job(job, tiny.folder, told, command="python -m bench")
         write(tiny.folder, records)
     assert computed == len(records) == len(job.suite.methods)
-    for record in records:  # it says how its model's recipe differs from the suite's
+    for record in records:  # names its model's differences from the suite's recipe
         kind, _, form = record.method.partition("@")
         assert name == "main" or "changed" in record.extras
         if kind == "vitask_plug":
@@ -155,7 +154,7 @@ def test_a_suite_runs_to_its_tables_and_verifies(name, tiny):
     assert differences(tiny.folder, records, again.evaluated) == []
 
 
-def test_baselines_rivals_are_the_models_of_the_ablation(tiny):
+def test_baselines_reuse_the_models_of_the_ablation(tiny):
     known = sets.read_manifest(tiny.folder)
     if not {"ablation", "baselines"} <= set(known):
         pytest.skip("runs after the suites")
@@ -170,8 +169,8 @@ def test_baselines_rivals_are_the_models_of_the_ablation(tiny):
     ]
 
 
-def test_suites_share_models_that_are_the_same(tiny):
-    """`ablation` and `cost` come after others that need the same; nothing was trained twice."""
+def test_suites_share_identical_models(tiny):
+    """`ablation` and `cost` follow suites with the same models, so nothing is trained twice."""
     notes = sorted((tiny.folder / "checkpoints").glob("*/training.json"))
     if not notes:
         pytest.skip("runs after the suites")
@@ -196,7 +195,7 @@ def test_suites_share_models_that_are_the_same(tiny):
         ("external", ("retinamnist",)),
     ],
 )
-def test_suites_train_on_their_own_datasets_unless_some_are_chosen(name, expected):
+def test_suites_train_on_their_default_datasets_unless_some_are_chosen(name, expected):
     plan = Plan(recipe=POCKET, source="phantom", names=POCKET.datasets("phantom"))
     assert sized(plan, suite(name)).names == expected
     chosen = replace(plan, names=("bloodmnist",))
@@ -216,7 +215,7 @@ def test_suites_run_the_recipes_seeds_unless_some_are_chosen(name, expected):
     assert sized(replace(plan, source="phantom"), suite(name)).seeds == (0,)
 
 
-def test_settings_by_hand_hold_in_studies():
+def test_settings_also_apply_to_studies():
     plan = Plan(recipe=POCKET, source="medmnist", names=POCKET.datasets("medmnist"))
     by_hand = replace(plan, recipe=replace(POCKET, lora_rank=4, stage1_epochs=9),
                       settings={"lora_rank": 4, "stage1_epochs": 9})  # fmt: skip
@@ -225,8 +224,8 @@ def test_settings_by_hand_hold_in_studies():
     assert found.train_limit == POCKET.sources["medmnist"].study.train_limit
 
 
-def test_tuned_on_a_fraction_it_answers_among_the_whole_datasets_candidates(tiny):
-    """Few images of ChestMNIST do not show all label sets that the whole split has."""
+def test_a_model_tuned_on_a_fraction_keeps_all_candidates(tiny):
+    """A few images of ChestMNIST lack some label sets of the full split."""
     phantom = replace(tiny.recipe.sources["phantom"], samples=(200, 8, 8))
     recipe = replace(tiny.recipe, sources=tiny.recipe.sources | {"phantom": phantom})
     chest = replace(tiny, names=("chestmnist",), recipe=recipe, limit=150)
@@ -236,7 +235,7 @@ def test_tuned_on_a_fraction_it_answers_among_the_whole_datasets_candidates(tiny
     assert len(records) == len(job.suite.methods)
 
 
-def test_limit_holds_for_external_sets(tiny):
+def test_limit_applies_to_external_sets(tiny):
     job = job_of_suite("external", replace(tiny, limit=5))
     sizes = [len(split) for d in job.evaluated.values() for split in d.splits.values()]
     assert max(sizes) <= 5
@@ -248,7 +247,7 @@ def test_exemplars_have_several_patch_tokens():
     assert model.features(np.zeros((1, 28, 28), np.uint8), "all").shape[1] == 16
 
 
-def test_architectures_are_small_for_small_images_and_as_usual_for_large_ones():
+def test_architectures_shrink_for_small_images_only():
     def recipes(recipe):
         models = suite("architectures").models(recipe).items()
         return {name: model.recipe for name, model in models if model.kind == "vlm"}
@@ -266,7 +265,7 @@ def test_architectures_are_small_for_small_images_and_as_usual_for_large_ones():
         assert weights.input_size == (3, paper.tsm_image_size, paper.tsm_image_size)
 
 
-def test_a_set_without_corruptions_is_named():
+def test_a_dataset_without_corruptions_is_named():
     record = SimpleNamespace(
         method="tsm", trained_on={"own": {}}, extras={"severities": {}, "unavailable": {"own": {}}}
     )
@@ -276,7 +275,7 @@ def test_a_set_without_corruptions_is_named():
 
 
 @pytest.mark.parametrize(("size", "why"), [(28, "28"), (224, "has no AlexNet")])
-def test_medmnist_cs_own_errors_are_named_where_they_are_missing(size, why):
+def test_missing_relative_errors_are_explained(size, why):
     def found(metrics):
         record = SimpleNamespace(
             trained_on={"own": {"size": size}},

@@ -1,4 +1,4 @@
-"""What suites of a run share, and find again after a kill."""
+"""Models and features that suites share, and find again after a kill."""
 
 import json
 import signal
@@ -19,7 +19,7 @@ from bench.suite import suite
 from vitask.recipes import POCKET, Source, Study
 
 ROOT = Path(__file__).parents[2]
-SUITES = ("ablation", "calibration")  # need the same three models
+SUITES = ("ablation", "calibration")  # both need the same three models
 MODELS = 7
 # `python -m bench` with one more recipe: two suites in seconds.
 TINY = """
@@ -42,7 +42,7 @@ def started(out: Path) -> subprocess.Popen:
 
 
 def killed_with(out: Path, models: int, seconds: float) -> dict[str, int]:
-    """A run that is killed so long after so many models; what it left whole, and when written."""
+    """Kill a run so many seconds after so many models; returns `left(out)`."""
     with started(out) as process:
         while len(list(out.glob("*/checkpoints/[a-z]*/training.json"))) < models:
             assert process.poll() is None
@@ -54,7 +54,7 @@ def killed_with(out: Path, models: int, seconds: float) -> dict[str, int]:
 
 
 def left(out: Path) -> dict[str, int]:
-    """Models and records that are whole, by name, and when they were written."""
+    """Complete models and records: name -> time of writing."""
     whole = [
         *out.glob("*/checkpoints/[a-z]*/training.json"),
         *out.glob("*/unfinished/*/records/*.json"),
@@ -67,7 +67,7 @@ def left(out: Path) -> dict[str, int]:
 
 
 def results(out: Path) -> dict[str, bytes]:
-    """Every file but the models; records without seconds and memory."""
+    """Every file except the models; records without seconds and memory."""
     found = {}
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         content, name = path.read_bytes(), path.relative_to(out).as_posix()
@@ -81,7 +81,7 @@ def results(out: Path) -> dict[str, bytes]:
 
 
 def test_killed_in_the_middle_of_suites_that_share_models(tmp_path):
-    """It ends with the files of an undisturbed run, and does nothing twice."""
+    """It ends with the files of an undisturbed run and repeats nothing."""
     with started(tmp_path / "whole") as process:
         pass
     assert process.returncode == 0
@@ -99,7 +99,7 @@ def test_killed_in_the_middle_of_suites_that_share_models(tmp_path):
 
 @pytest.fixture
 def limited(tmp_path):
-    """Eight images of a suite's 32 or 12: as many, and others."""
+    """Eight of a suite's 32 or 12 images: equal in number, but different."""
     study = Study(datasets=("breastmnist",), train_limit=12)
     phantom = Source(POCKET.datasets("phantom"), (0,), study, (40, 8, 8))
     return Plan(
@@ -111,7 +111,7 @@ def limited(tmp_path):
     )
 
 
-def test_features_are_shared_by_the_same_images_and_not_by_as_many(limited):
+def test_features_are_shared_by_the_same_images_only(limited):
     class Silent:
         def note(self, text):
             assert text
