@@ -163,7 +163,7 @@ class Suite:
     charts: tuple[Chart, ...] = ()
     study: bool = True  # at the size of the recipe's study, not of the recipe itself
     libraries: Names = ()  # what it alone computes with: their versions enter keys and records
-    scorings: float = 1.0  # passes over the test images that one method takes
+    scorings: float = 1.0  # cost of scoring a method; 1: constrained and generated answers
     writes: bool = True  # answers are generated too, beside constrained scoring
 
     def models(self, recipe: Recipe) -> dict[str, Training]:

@@ -110,7 +110,7 @@ def _run_seed(
         progress.note(f"{name}, seed {seed}: {found} of {total} methods were computed before")
     work = Work(
         name, job.plan.recipe, job.datasets, job.evaluated, seed, folder, job.versions, progress,
-        cache, job.prefix,
+        cache, job.prefix, job.suite.scorings,
     )  # fmt: skip
     started = _start()
     for outcome in job.suite.run(work, wanted):

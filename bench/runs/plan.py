@@ -20,7 +20,7 @@ from vitask.prompts import instruction, sha256
 from vitask.recipes import Recipe
 
 LABEL = 40  # characters of the settings in a folder's name; longer ones become a hash
-JUDGED_IMAGE = 0.1  # bootstrap and tests of a method, per test image and seed, in training samples
+JUDGED_IMAGE = 0.25  # bootstrap and tests of a method, per test image and seed, in training samples
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from bench.runs.progress import Advancing
 
 # Costs in samples of vanilla tuning, measured with the pocket recipe.
-TSM_SAMPLE, VITASK_SAMPLE, SCORED_IMAGE = 0.25, 2.0, 0.6
+TSM_SAMPLE, VITASK_SAMPLE, SCORED_IMAGE = 0.07, 1.9, 0.8
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Work:
 
     datasets: what is trained on; evaluated: what is scored (often the same)
     cache:    shared by all seeds and suites of a run
-    prefix:   of the models' names
+    prefix:   of the models' names; scorings: of the suite
     """
 
     suite: str
@@ -74,6 +74,7 @@ class Work:
     progress: "Advancing"
     cache: dict[Any, Any] = field(default_factory=dict)
     prefix: str = ""
+    scorings: float = 1.0
     _used: set[str] = field(default_factory=set)  # keys of models
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -313,9 +314,9 @@ class Work:
 
     # Progress
 
-    def scored(self, method: str, share: float = 1.0) -> None:
-        """A method has answered this share of all test images."""
-        cost = SCORED_IMAGE * images_of(self.evaluated, ("test",)) * share
+    def scored(self, method: str) -> None:
+        """A method has answered all test images."""
+        cost = SCORED_IMAGE * images_of(self.evaluated, ("test",)) * self.scorings
         self.progress.advance(cost, f"{self.suite}: {method}, seed {self.seed}")
 
     def _skip(self, units: float, training: Training) -> None:

@@ -39,6 +39,7 @@ Scores = dict[str, "Prediction"]  # dataset -> prediction of one split
 
 class Calibration(Suite):
     name = "calibration"
+    scorings = 0.4  # no generated answers
     methods = (
         *(replace(one, against=None) for one in FOUR),
         *(

@@ -44,6 +44,7 @@ BY_SEVERITY = (
 
 class Corruptions(Suite):
     name = "corruptions"
+    scorings = 0.4  # no generated answers
     methods = FOUR
     metrics = (
         *pick("macro_f1", "balanced_accuracy"),

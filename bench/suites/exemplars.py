@@ -9,10 +9,9 @@ its pooled feature.
 
 from dataclasses import replace
 
-from bench.suite import Chart, Method, Published, Suite, Training
+from bench.suite import Chart, Method, Names, Published, Suite, Training
 from vitask.recipes import Recipe, vanilla
 
-Names = tuple[str, ...]
 TSM_SIDE = 128  # pixels
 
 

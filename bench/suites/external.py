@@ -14,16 +14,7 @@ import numpy as np
 from bench.runs.work import Work
 from bench.stats.items import Items, Values
 from bench.stats.metrics import binary_auc
-from bench.suite import (
-    FOUR,
-    Method,
-    Metric,
-    Outcome,
-    Published,
-    Suite,
-    Training,
-    pick,
-)
+from bench.suite import FOUR, Method, Metric, Names, Outcome, Published, Suite, Training, pick
 from vitask.checkpoint import VITask
 from vitask.data import external
 from vitask.data.spec import Dataset
@@ -33,7 +24,6 @@ from vitask.score import Prediction
 if TYPE_CHECKING:
     from bench.runs.plan import Plan
 
-Names = tuple[str, ...]
 TRAINED = "retinamnist"
 REFERABLE = 2  # grade from which a patient is referred
 

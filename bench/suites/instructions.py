@@ -14,11 +14,19 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from bench.runs.work import Work
-from bench.suite import Chart, Method, Outcome, Published, Suite, Training, tsm_vanilla_vitask
+from bench.suite import (
+    Chart,
+    Method,
+    Names,
+    Outcome,
+    Published,
+    Suite,
+    Training,
+    tsm_vanilla_vitask,
+)
 from vitask.checkpoint import VITask
 from vitask.recipes import Recipe
 
-Names = tuple[str, ...]
 TRAINED = "no_list_trained"
 KINDS = {"vanilla": ("vanilla", "Van alone"), "vitask_without_ep": ("vitask", "VITask")}
 FORMS = {
@@ -47,6 +55,7 @@ def _against(kind: str, form: str) -> str | None:
 
 class Instructions(Suite):
     name = "instructions"
+    scorings = 0.4  # no generated answers
     methods = tuple(
         Method(f"{kind}@{form}", f"{text}: {what}", against=_against(kind, form))
         for form, what in FORMS.items()

@@ -26,6 +26,7 @@ BINS = 50
 
 class Ranking(Suite):
     name = "ranking"
+    scorings = 0.4  # no generated answers
     methods = (
         Method("untuned", "the VLM before tuning", "vanilla"),
         Method("vanilla", "Van alone"),

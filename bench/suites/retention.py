@@ -24,6 +24,7 @@ PICTURES, SEED = 400, 777  # held out from all pictures that the VLM was trained
 
 class Retention(Suite):
     name = "retention"
+    scorings = 1.5  # free answers to questions
     methods = (
         Method("untuned", "the VLM before tuning"),
         Method("vanilla", "after tuning with Van alone", "untuned"),
