@@ -131,3 +131,14 @@ def test_lint_uses_the_same_commands_before_a_commit():
     commands = [line.strip() for line in lint[1].splitlines()]
     hooks = re.findall(r"entry: (.+)", (ROOT / ".pre-commit-config.yaml").read_text())
     assert commands == hooks
+
+
+def test_the_oldest_constraints_are_the_lower_bounds_of_the_ranges():
+    """`tox -e oldest` tests what pyproject.toml promises."""
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    oldest = dict(line.removesuffix(".*").split("==") for line in lines if not line.startswith("#"))
+    lower = {
+        r.name: next(one.version for one in r.specifier if one.operator == ">=")
+        for r in chain(REQUIRED, EXTRAS["test"])
+    }
+    assert oldest == lower
