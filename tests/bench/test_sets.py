@@ -56,7 +56,8 @@ def problems(plan):
     return differences(plan.folder, records_of(plan), plan.datasets())
 
 
-def test_killed_at_five_moments_and_continued_gives_the_same_files(plan, tmp_path):
+@pytest.mark.parametrize("kills", [5, pytest.param(60, marks=pytest.mark.long)])
+def test_killed_at_any_moment_and_continued_gives_the_same_files(plan, tmp_path, kills):
     plan = replace(plan, seeds=(0, 1))
     start = time.monotonic()
     complete(plan)
@@ -64,7 +65,7 @@ def test_killed_at_five_moments_and_continued_gives_the_same_files(plan, tmp_pat
     expected = contents(plan.folder)
     again = replace(plan, out=tmp_path / "again")
     rng = np.random.default_rng(0)
-    for _ in range(5):
+    for _ in range(kills):
         child = os.fork()
         if child == 0:
             try:
