@@ -6,6 +6,7 @@ import signal
 import time
 from contextlib import redirect_stderr
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -284,3 +285,27 @@ def test_a_manifest_of_an_older_format_is_read(finished):
     entry["records"] = [r.name for r in records_of(plan)]
     (plan.folder / "run.json").write_text(json.dumps({"cheap": entry}))
     assert problems(plan) == []
+
+
+def test_unfinished_seeds_survive_a_command_with_other_seeds(plan, monkeypatch):
+    of, whole = suite("cheap"), suite("cheap").run
+
+    def stops(work, wanted):
+        outcomes = whole(work, wanted)
+        yield next(outcomes)
+        if work.seed == 1:
+            raise RuntimeError("out of memory")
+        yield from outcomes
+
+    with monkeypatch.context() as patched:
+        patched.setattr(of, "run", stops)
+        assert "cheap" in run_plan(replace(plan, seeds=(0, 1)), ["cheap"]).failed
+    assert complete(replace(plan, seeds=(2,))).computed == {"cheap": 3}
+    assert complete(replace(plan, seeds=(0, 1))).computed == {"cheap": 2}  # of six
+    assert [r.seed for r in records_of(plan)] == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_the_key_holds_every_module_of_the_losses(plan):
+    found = set(Job.of(suite("cheap"), plan).ingredients)
+    files = sorted((Path(__file__).parents[2] / "kernels").glob("*.py"))
+    assert {f"code: kernels/{path.name}" for path in files} <= found
