@@ -246,7 +246,7 @@ class _Table:
 
     def _p_values(self) -> dict[Any, float]:
         """(dataset, method, metric) -> p by permutation, Holm-adjusted over the datasets
-        of each method and metric; the average is one test of its own."""
+        of each method and metric; the average is a separate test."""
         raw: dict[Any, float] = {}
         for name, cells in self.cells.items():
             for method, cell in cells.items():

@@ -47,7 +47,7 @@ def begun(name: str, roots: Sequence[Path]) -> bool:
 
 
 def find(name: str, roots: Sequence[Path]) -> Path:
-    """The card in the first root that has card or archive; ValueError if there is no card."""
+    """The card in the first root with a card or an archive; ValueError without a card."""
     for root in roots:
         card, archive = Path(root, f"{name}.json"), Path(root, f"{name}.npz")
         if card.is_file():
