@@ -215,14 +215,15 @@ def collect(
     from bench.api import check_out
     from bench.report.render import write
     from bench.runs.sets import collect as copy
-    from bench.runs.sets import locked, read_records
+    from bench.runs.sets import locked, read_records, read_whole
 
-    found = _runs(folders, target)
     check_out(target)
-    for folder in found:
-        place = target / folder.resolve().name
+    found = {folder: target / folder.resolve().name for folder in _runs(folders, target)}
+    for folder, place in found.items():
         if place.resolve() == folder.resolve():
             raise ValueError(f"{folder} is the target itself; name runs made elsewhere")
+        read_whole(folder)
+    for folder, place in found.items():
         with locked(place):
             for suite in copy(folder, place, _note):
                 for path in write(place, read_records(place, suite))[0]:
@@ -297,6 +298,8 @@ def compare(
     if any(given) and not all(given):
         other = second if given[0] else first
         raise ValueError(f"{other} is not a run (no run.json); expected two runs or two methods")
+    if all(given) and runs:
+        raise ValueError(f"--run names whose methods are compared; {first} and {second} are runs")
     frames = {}
     if all(given):
         folders = (Path(first), Path(second))
@@ -305,19 +308,19 @@ def compare(
         for text in notes:
             _note(text)
     else:
-        for folder in _runs(runs, out):
-            if suite in read_manifest(folder):
-                frame = comparison.compare_methods(folder, suite, first, second)
-                frames[f"{folder}: {first} against {second}"] = frame
-        if not frames:
+        found = [folder for folder in _runs(runs, out) if suite in read_manifest(folder)]
+        if not found:
             raise ValueError(f"no run of suite {suite!r} in {out}; run it first, or give --out")
+        if csv is not None and len(found) > 1:
+            raise ValueError(f"--csv holds one comparison, not {len(found)}; name a run by --run")
+        for folder in found:
+            frame = comparison.compare_methods(folder, suite, first, second)
+            frames[f"{folder}: {first} against {second}"] = frame
     for title, frame in frames.items():
         shown = comparison.chosen(frame, suite_of(suite), split_names(metric), split_names(dataset))
         frames[title] = shown
         typer.echo(f"{title}\n{frame_text(shown)}")
     if csv is not None:
-        if len(frames) > 1:
-            raise ValueError(f"--csv holds one comparison, not {len(frames)}; name a run by --run")
         write_text(csv, shown.to_csv(index=False, lineterminator="\n"))
 
 

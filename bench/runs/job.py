@@ -65,6 +65,7 @@ def run_job(
     if shown is not None and shown.key == job.key:  # one of its records may be lost
         seeds |= {int(record.rpartition("seed")[2]) for record in shown.records}
     entry.records = sets.names_of(name, methods, sorted(seeds))
+    sets.check_foreign(folder, name, entry)
     missing = {seed: [m for m in methods if not _found(job, folder, m, seed)] for seed in seeds}
     count, cache = sum(map(len, missing.values())), {} if cache is None else cache
     changed = sets.superseding(folder, name, entry)

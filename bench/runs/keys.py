@@ -6,9 +6,9 @@ without formatting, prose and types: who rewords a title computes nothing again.
 - docstrings, comments, and the messages of `raise` and `assert`;
 - every `help="..."`;
 - in `bench`, the texts called `text`, `title`, `question`, `note` or `published_note`, given as
-  arguments or assigned in a class or module, and the second argument of `Method`, `Metric` and
-  `Published`.
-  In `vitask` a text may be what a model reads, so there these names count.
+  arguments or assigned in a class or module, the second argument of `Method`, `Metric` and
+  `Published`, and every text in a suite's file that has a blank in it: names have none.
+  In `vitask` a text may be what a model reads, so there all these count.
 
 The named recipes and the fields of `Recipe` are left out too: they enter a key as values.
 """
@@ -26,7 +26,7 @@ from bench.errors import ROOT
 
 PACKAGES = ("kernels", "vitask", "bench")
 CODE = "code: "  # before a module's path, as the name of an ingredient
-RECIPES = "vitask/recipes.py"
+RECIPES, SUITES = "vitask/recipes.py", "bench/suites/"
 PROSE = {"text", "title", "question", "note", "help", "published_note"}
 TYPES = {"typing", "collections.abc", "jaxtyping"}  # a name from there matters where it is used
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -196,6 +196,8 @@ class _Reader:
         match node:
             case ast.Expr(value=ast.Constant(value=str())):
                 return True
+            case ast.Constant(value=str(text)) if " " in text and self.path.startswith(SUITES):
+                node.value = ""
             case ast.Attribute(ctx=ast.Load()):
                 self.attributes.add(node.attr)
             case ast.Import():

@@ -131,6 +131,18 @@ def begin(folder: Path, suite: str, entry: Entry) -> Path:
     return place
 
 
+def check_foreign(folder: Path, suite: str, entry: Entry) -> None:
+    """ValueError if a record that run.json does not name would be replaced."""
+    shown = read_manifest(folder).get(suite)
+    for name in {*entry.records} - {*(shown.records if shown else ())}:
+        path = record_path(folder, name)
+        if path.is_file() and not _is_of(entry, folder, name):
+            raise ValueError(
+                f"{path} belongs to no run in {folder / MANIFEST} and would be replaced; put the "
+                "manifest back from a copy, move the record away, or give another --out"
+            )
+
+
 def superseding(folder: Path, suite: str, entry: Entry) -> list[str]:
     """How the ingredients differ from those of the set that is shown now; empty if none is."""
     shown = read_manifest(folder).get(suite)
@@ -250,13 +262,7 @@ def collect(source: Path, target: Path, note: Callable[[str], None]) -> list[str
     Every file is checked against its digest before anything is copied. Of two sets, the one with
     the newest record is shown.
     """
-    manifest = read_manifest(source)
-    if not manifest:
-        raise ValueError(f"{source} holds no run (no {MANIFEST}); expected OUT/<recipe>-<data>")
-    records = {suite: read_records(source, suite) for suite in manifest}
-    for record in chain.from_iterable(records.values()):
-        if damage := record.damage(source):
-            raise ValueError(f"{source}: {record.name}: {damage}; nothing of it was copied")
+    manifest, records = read_manifest(source), read_whole(source)
     for suite, entry in manifest.items():
         shown = read_manifest(target).get(suite)
         changed = superseding(target, suite, entry)
@@ -280,6 +286,17 @@ def collect(source: Path, target: Path, note: Callable[[str], None]) -> list[str
         if not older:
             promote(target, suite, entry)
     return list(manifest)
+
+
+def read_whole(folder: Path) -> dict[str, list[Record]]:
+    """The records of every set that is shown; ValueError for one that differs from its digest."""
+    records = {suite: read_records(folder, suite) for suite in read_manifest(folder)}
+    if not records:
+        raise ValueError(f"{folder} holds no run (no {MANIFEST}); expected OUT/<recipe>-<data>")
+    for record in chain.from_iterable(records.values()):
+        if damage := record.damage(folder):
+            raise ValueError(f"{folder}: {record.name}: {damage}; nothing was copied")
+    return records
 
 
 def _newest(folder: Path, entry: Entry) -> float:

@@ -39,7 +39,7 @@ FORMS = {
     "shuffled_2": "class list shuffled in a second order",
     "shuffled_3": "class list shuffled in a third order",
     "no_modality": "modality removed",
-    "paraphrase_1": "paraphrased",
+    "paraphrase_1": "a paraphrase",
     "paraphrase_2": "a second paraphrase",
     "paraphrase_3": "a third paraphrase",
     "empty": "no instruction at all",

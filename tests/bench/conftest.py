@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from bench.runs.plan import Plan
+from bench.runs.records import Record
 from bench.suite import SUITES
+from tests.bench.cheap_runs import complete, records_of
 from vitask.data.spec import TASKS, DatasetSpec
 from vitask.decision import Scored, scored
 from vitask.prompts import candidates
@@ -89,3 +91,10 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.setattr(sys, "argv", ["bench", "run", "cheap", "--recipe", "tiny"])
     out = tmp_path / "out"
     return Plan(recipe=recipe, source="phantom", names=names, out=out, seeds=(0,))
+
+
+@pytest.fixture
+def finished(plan: Plan) -> tuple[Plan, list[Record]]:
+    """A finished run of `cheap`, and its records."""
+    complete(plan)
+    return plan, records_of(plan)

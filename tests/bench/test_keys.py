@@ -116,6 +116,17 @@ def test_prose_and_types_do_not_count(digest, before, after):
     assert digest(before) == digest(after)
 
 
+def test_texts_of_a_suite_do_not_count(digest):
+    for before, after in [
+        ("SETTINGS = {'a': 'the recipe'}", "SETTINGS = {'a': 'the same recipe'}"),
+        ("LOST = (f'lost {by}', 'x')", "LOST = (f'what is lost {by}', 'x')"),
+    ]:
+        path = "bench/suites/a.py"
+        assert digest(before, path) == digest(after, path)
+        assert digest(before, "vitask/a.py") != digest(after, "vitask/a.py")
+    assert digest("A = {'a': 'b c'}", path) != digest("A = {'b': 'b c'}", path)
+
+
 # Edits that change it
 
 

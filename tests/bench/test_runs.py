@@ -9,39 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from bench.api import run_plan
 from bench.commands.compare import chosen, compare_methods, compare_runs
 from bench.commands.verify import differences
 from bench.report.page import page
 from bench.report.table import COLUMNS
-from bench.runs import sets
 from bench.runs.job import run_job
 from bench.runs.plan import Job, plan_of
 from bench.runs.progress import Progress
 from bench.runs.records import Record
 from bench.suite import Method, suite
+from tests.bench.cheap_runs import complete, problems
 from vitask.files import file_sha256
-
-
-def complete(plan, **how):
-    """Does the same as `python -m bench run cheap`."""
-    done = run_plan(plan, ["cheap"], command="python -m bench run cheap", **how)
-    assert done.failed == {}
-    return done
-
-
-def records_of(plan):
-    return sets.read_records(plan.folder, "cheap")
-
-
-@pytest.fixture
-def finished(plan):
-    complete(plan)
-    return plan, records_of(plan)
-
-
-def problems(plan):
-    return differences(plan.folder, records_of(plan), plan.datasets())
 
 
 def test_table(finished):

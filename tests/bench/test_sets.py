@@ -14,20 +14,11 @@ import pytest
 
 from bench.api import run_plan
 from bench.commands.verify import differences
-from bench.runs import sets
-from bench.runs.plan import Job
+from bench.report.render import write
+from bench.runs import keys, sets
+from bench.runs.plan import Job, Plan
 from bench.suite import suite
-
-
-def complete(plan, **how):
-    """Does the same as `python -m bench run cheap`."""
-    done = run_plan(plan, ["cheap"], command="python -m bench run cheap", **how)
-    assert done.failed == {}
-    return done
-
-
-def records_of(plan):
-    return sets.read_records(plan.folder, "cheap")
+from tests.bench.cheap_runs import complete, problems, records_of
 
 
 def contents(folder):
@@ -45,16 +36,6 @@ def contents(folder):
 
 def changed_at(folder):
     return {p.name: p.stat().st_mtime_ns for p in (folder / "records").iterdir()}
-
-
-@pytest.fixture
-def finished(plan):
-    complete(plan)
-    return plan, records_of(plan)
-
-
-def problems(plan):
-    return differences(plan.folder, records_of(plan), plan.datasets())
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(60, marks=pytest.mark.long)])
@@ -146,10 +127,8 @@ def test_changed_ingredients_supersede_a_set_and_restore_it(finished, monkeypatc
     assert complete(other).computed == {"cheap": 0}
 
 
-@pytest.mark.parametrize("moves", range(0, 14, 3))
-def test_a_killed_move_is_completed(finished, monkeypatch, moves):
-    plan, _ = finished
-    other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5), seeds=(0, 1))
+def dies_after(moves):
+    """An `os.replace` that is killed after so many moves of records and samples."""
     real, left = os.replace, [moves]
 
     def dying(source, target):
@@ -159,8 +138,15 @@ def test_a_killed_move_is_completed(finished, monkeypatch, moves):
             left[0] -= ".part" not in str(source)
         real(source, target)
 
+    return dying
+
+
+@pytest.mark.parametrize("moves", range(0, 14, 3))
+def test_a_killed_move_is_completed(finished, monkeypatch, moves):
+    plan, _ = finished
+    other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5), seeds=(0, 1))
     with monkeypatch.context() as patched:
-        patched.setattr("bench.runs.sets.os.replace", dying)
+        patched.setattr("bench.runs.sets.os.replace", dies_after(moves))
         with pytest.raises(KeyboardInterrupt):
             run_plan(other, ["cheap"])
     with sets.locked(plan.folder):
@@ -170,6 +156,24 @@ def test_a_killed_move_is_completed(finished, monkeypatch, moves):
     assert not (plan.folder / "unfinished").exists()
     older = plan.folder / "superseded" / Job.of(suite("cheap"), plan).key
     assert len(sets.read_records(older, "cheap")) == 3
+
+
+@pytest.mark.parametrize("moves", range(0, 18, 3))
+def test_a_killed_return_of_an_older_set_is_completed(finished, monkeypatch, moves):
+    """Two seeds of another set are shown, and the first set comes back with a second seed."""
+    plan, _ = finished
+    other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5), seeds=(0, 1))
+    complete(other)
+    with monkeypatch.context() as patched:
+        patched.setattr("bench.runs.sets.os.replace", dies_after(moves))
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(replace(plan, seeds=(0, 1)), ["cheap"])
+    assert complete(replace(plan, seeds=(0, 1))).computed == {"cheap": 0}
+    assert [r.seed for r in records_of(plan)] == [0] * 3 + [1] * 3
+    assert problems(plan) == []
+    assert complete(other).computed == {"cheap": 0}
+    assert problems(plan) == []
+    assert sets.strays(plan.folder) == []
 
 
 def test_an_unfinished_set_is_not_shown(finished, monkeypatch):
@@ -243,6 +247,46 @@ def test_collect_merges_seeds_from_other_folders(finished, tmp_path):
     assert list(fresh.iterdir()) == []
 
 
+@pytest.mark.parametrize("moves", [0, 1, 3, 5])
+def test_a_killed_collect_goes_on(finished, tmp_path, monkeypatch, moves):
+    plan, _ = finished
+    elsewhere = replace(plan, out=tmp_path / "elsewhere", seeds=(1,))
+    complete(elsewhere)
+    with monkeypatch.context() as patched:
+        patched.setattr("bench.runs.sets.os.replace", dies_after(moves))
+        with sets.locked(plan.folder), pytest.raises(KeyboardInterrupt):
+            sets.collect(elsewhere.folder, plan.folder, print)
+    with sets.locked(plan.folder):
+        sets.collect(elsewhere.folder, plan.folder, print)
+    assert [r.seed for r in records_of(plan)] == [0] * 3 + [1] * 3
+    write(plan.folder, records_of(plan))
+    assert problems(plan) == []
+    assert sets.strays(plan.folder) == []
+
+
+def test_a_record_without_its_manifest_is_not_replaced(finished):
+    """A lost run.json costs no results: equal records are found, others stop the run."""
+    plan, records = finished
+    path = plan.folder / "records" / f"{records[0].name}.json"
+    before = path.read_bytes()
+    (plan.folder / "run.json").unlink()
+    other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5))
+    failed = run_plan(other, ["cheap"]).failed["cheap"]
+    assert f"{path} belongs to no run" in failed
+    assert path.read_bytes() == before
+    assert complete(plan).computed == {"cheap": 0}
+
+
+def test_an_edited_record_is_computed_again(finished):
+    plan, records = finished
+    files = contents(plan.folder)
+    path = plan.folder / "records" / f"{records[0].name}.json"
+    for text in (path.read_text().replace("0.", "0.1", 1), path.read_text()[:-100]):
+        path.write_text(text)
+        assert complete(plan).computed == {"cheap": 1}
+        assert contents(plan.folder) == files
+
+
 def test_foreign_files_are_named(finished):
     plan, _ = finished
     assert sets.strays(plan.folder) == []
@@ -303,6 +347,20 @@ def test_unfinished_seeds_survive_a_command_with_other_seeds(plan, monkeypatch):
     assert complete(replace(plan, seeds=(2,))).computed == {"cheap": 3}
     assert complete(replace(plan, seeds=(0, 1))).computed == {"cheap": 2}  # of six
     assert [r.seed for r in records_of(plan)] == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_descriptions_and_order_of_datasets_are_in_the_key(plan, monkeypatch):
+    """Both change what is trained: the instruction, and the order of batches."""
+    first = Job.of(suite("cheap"), plan)
+    turned = Job.of(suite("cheap"), replace(plan, names=plan.names[::-1]))
+    assert "datasets" in " ".join(keys.changes(first.ingredients, turned.ingredients))
+    name = plan.names[0]
+    for changed in ({"modality": "another"}, {"classes": first.datasets[name].spec.classes[::-1]}):
+        spec = replace(first.datasets[name].spec, **changed)
+        other = first.datasets | {name: replace(first.datasets[name], spec=spec)}
+        monkeypatch.setattr(Plan, "datasets", lambda self, other=other: other)
+        found = keys.changes(first.ingredients, Job.of(suite("cheap"), plan).ingredients)
+        assert [line.split()[0] for line in found] == [f"data.{name}", f"evaluated.{name}"]
 
 
 def test_the_key_holds_every_module_of_the_losses(plan):
