@@ -25,6 +25,7 @@ from bench.commands.cli import (
 )  # fmt: skip
 from bench.commands.data import data_app
 from bench.suite import MACHINE_SUITES, SUITES
+from vitask.errors import InputError
 
 if TYPE_CHECKING:
     from bench.runs.records import Record
@@ -221,7 +222,7 @@ def collect(
     found = {folder: target / folder.resolve().name for folder in _runs(folders, target)}
     for folder, place in found.items():
         if place.resolve() == folder.resolve():
-            raise ValueError(f"{folder} is the target itself; name runs made elsewhere")
+            raise InputError(f"{folder} is the target itself; name runs made elsewhere")
         read_whole(folder)
     for folder, place in found.items():
         with locked(place):
@@ -297,9 +298,9 @@ def compare(
     given = [(Path(one) / "run.json").is_file() for one in (first, second)]
     if any(given) and not all(given):
         other = second if given[0] else first
-        raise ValueError(f"{other} is not a run (no run.json); expected two runs or two methods")
+        raise InputError(f"{other} is not a run (no run.json); expected two runs or two methods")
     if all(given) and runs:
-        raise ValueError(f"--run names whose methods are compared; {first} and {second} are runs")
+        raise InputError(f"--run names whose methods are compared; {first} and {second} are runs")
     frames = {}
     if all(given):
         folders = (Path(first), Path(second))
@@ -310,9 +311,9 @@ def compare(
     else:
         found = [folder for folder in _runs(runs, out) if suite in read_manifest(folder)]
         if not found:
-            raise ValueError(f"no run of suite {suite!r} in {out}; run it first, or give --out")
+            raise InputError(f"no run of suite {suite!r} in {out}; run it first, or give --out")
         if csv is not None and len(found) > 1:
-            raise ValueError(f"--csv holds one comparison, not {len(found)}; name a run by --run")
+            raise InputError(f"--csv holds one comparison, not {len(found)}; name a run by --run")
         for folder in found:
             frame = comparison.compare_methods(folder, suite, first, second)
             frames[f"{folder}: {first} against {second}"] = frame
@@ -377,9 +378,9 @@ def _runs(folders: Sequence[Path] | None, out: Path) -> list[Path]:
     found = list(folders or sorted(path.parent for path in out.glob("*/run.json")))
     for folder in found:
         if not (folder / "run.json").is_file():
-            raise ValueError(f"{folder} holds no run (no run.json); expected OUT/<recipe>-<data>")
+            raise InputError(f"{folder} holds no run (no run.json); expected OUT/<recipe>-<data>")
     if not found:
-        raise ValueError(f"no run in {out}; start one with `python -m bench run`, or give --out")
+        raise InputError(f"no run in {out}; start one with `python -m bench run`, or give --out")
     return found
 
 

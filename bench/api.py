@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.errors import is_our_error
+from bench.errors import told
 from bench.report import render
 from bench.runs import sets
 from bench.runs.environment import command_line
@@ -17,6 +17,7 @@ from bench.runs.progress import Progress
 from bench.suite import SUITES, suite
 from vitask import settings as recipe_settings
 from vitask.data import spec
+from vitask.errors import InputError
 from vitask.guard import refuse_hub_kernels
 from vitask.recipes import RECIPES, Recipe
 from vitask.recipes import recipe as named_recipe
@@ -76,12 +77,12 @@ def run(
     """
     for name, given in {"datasets": datasets, "data_root": data_root}.items():
         if isinstance(given, str):
-            raise ValueError(f"{name} is {given!r}; expected a list, such as [{given!r}]")
+            raise InputError(f"{name} is {given!r}; expected a list, such as [{given!r}]")
     by_hand, in_file = dict(settings or {}), dict[str, Any]()
     if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith(".toml")):
         base, in_file = recipe_settings.read(Path(recipe))
         if base.name in RECIPES:
-            raise ValueError(
+            raise InputError(
                 f"{recipe} has the name of a recipe; rename it, {base.name}-2.toml, say"
             )
     else:
@@ -177,11 +178,12 @@ def check_out(out: Path, folder: Path | None = None) -> None:
         except OSError:  # no access to a folder above it, or a name that is too long
             good = False
         if not good:
-            raise ValueError(f"--out {out}: cannot write to {place}; expected a folder to write to")
+            raise InputError(f"--out {out}: cannot write to {place}; expected a folder to write to")
 
 
 def described(error: Exception) -> str:
-    """What went wrong, in a line; the trace is printed unless the message is our own."""
-    if not is_our_error(error):
-        traceback.print_exception(error)
+    """What went wrong, in a line; the trace of a fault of this project is printed."""
+    if (text := told(error)) is not None:
+        return text
+    traceback.print_exception(error)
     return f"{type(error).__name__}: {error}"

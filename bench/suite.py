@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from vitask.errors import InputError
 from vitask.recipes import Recipe, vanilla
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ class Suite:
         known = {method.name: method for method in self.methods}
         if name not in known:
             near = get_close_matches(name, known) or list(known)
-            raise ValueError(
+            raise InputError(
                 f"suite {self.name!r} has no method {name!r}; did you mean {' or '.join(near)}?"
             )
         return known[name]
@@ -272,7 +273,7 @@ def suite(name: str) -> Suite:
     """The suite of that name; ValueError names the nearest."""
     if name not in SUITES:
         near = get_close_matches(name, SUITES) or list(SUITES)
-        raise ValueError(f"no suite {name!r}; did you mean {' or '.join(near)}?")
+        raise InputError(f"no suite {name!r}; did you mean {' or '.join(near)}?")
     return import_module(SUITES[name]).SUITE
 
 

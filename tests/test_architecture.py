@@ -43,6 +43,23 @@ def imports(tree: ast.AST) -> set[str]:
 
 
 @pytest.mark.parametrize("file", TREES)
+def test_text_files_name_their_encoding(file):
+    """Otherwise the user's locale decides what a file says."""
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            given = [one.value for one in ast.walk(node) if isinstance(one, ast.Constant)]
+            named = "utf-8" in given or {k.arg for k in node.keywords} & {"encoding"}
+            own = isinstance(node.func, ast.Name)  # our write_text, and open() in text mode
+            if name in ("read_text", "write_text") and not own:
+                assert named, f"{file}, line {node.lineno}: {name} without encoding"
+            if name in ("open", "fdopen", "NamedTemporaryFile") and "open" in name:
+                binary = [v for v in given if isinstance(v, str) and re.fullmatch("[rwxab+]+", v)]
+                text = any("b" not in mode for mode in binary) or (own and not binary)
+                assert named or not text, f"{file}, line {node.lineno}: {name} without encoding"
+
+
+@pytest.mark.parametrize("file", TREES)
 def test_imports_point_one_way(file):
     own = file.split("/")[0]
     beyond = set(PACKAGES[PACKAGES.index(own) + 1 :]) | {"tests"}

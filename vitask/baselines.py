@@ -9,6 +9,7 @@ from sklearn.preprocessing import StandardScaler
 
 from vitask.checkpoint import VITask
 from vitask.data.spec import Dataset
+from vitask.errors import InputError
 from vitask.features import Features
 from vitask.score import Prediction
 from vitask.tsm import TSM
@@ -50,7 +51,7 @@ def linear_probe(
     for name, dataset in datasets.items():
         labels = dataset.splits["train"].labels
         if labels.ndim == 1 and len(np.unique(labels)) < 2:
-            raise ValueError(
+            raise InputError(
                 f"{name}: its {len(labels)} training image(s) are all of class {labels[0]}; "
                 "expected two classes or more: raise --limit or bring more images"
             )

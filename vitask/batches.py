@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vitask.errors import InputError
+
 BLOCK = 4
 
 
@@ -74,7 +76,7 @@ def make_batches(
     blocks = [blocks[i] for i in rng.permutation(len(blocks))]
     per_step = batch_size // BLOCK
     if per_step < processes:
-        raise ValueError(
+        raise InputError(
             f"batch_size is {batch_size}, which gives {per_step} blocks for {processes} processes; "
             f"expected at least {BLOCK * processes}"
         )

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitask.data.spec import Dataset, DatasetSpec
+from vitask.errors import InputError
 from vitask.exemplar import ExemplarConnector, feature_kind, image_and_exemplar
+from vitask.files import part_folder
 from vitask.prompts import Candidates, candidates, instruction, response
 from vitask.recipes import Recipe
 from vitask.score import generate, response_log_probabilities
@@ -81,13 +82,13 @@ class VITask:
         ValueError if the model has no connector, or if the TSM's features have another width.
         """
         if self.connector is None:
-            raise ValueError(
+            raise InputError(
                 "this model was tuned without exemplars, so it has no connector for a TSM; plug "
                 "into a model that was tuned with exemplar=True"
             )
         width = tsm.feature_size(self.feature_kind)
         if width != self.connector.features:
-            raise ValueError(
+            raise InputError(
                 f"{tsm.name} gives features of width {width}, the connector was trained for "
                 f"{self.connector.features}; plug in a TSM of the same width"
             )
@@ -118,7 +119,7 @@ class VITask:
         if not wanted:
             return image
         if self.tsm is None:
-            raise ValueError(
+            raise InputError(
                 "this checkpoint has no task-specific model (TSM); ask without the exemplar "
                 "(exemplar=False, or --no-exemplar on the command line)"
             )
@@ -150,7 +151,7 @@ class VITask:
     def exemplar_tokens(self, features: Tensor) -> Float[Tensor, "images exemplar_tokens hidden"]:
         """TSM features through the connector."""
         if self.connector is None:
-            raise ValueError(
+            raise InputError(
                 "this model was tuned without exemplars, so it has no connector; ask without the "
                 "exemplar"
             )
@@ -206,7 +207,7 @@ class VITask:
     def _task(self, dataset: str) -> Task:
         if dataset not in self.tasks:
             known = ", ".join(self.tasks)
-            raise ValueError(f"this model has no dataset {dataset!r}; it was tuned on {known}")
+            raise InputError(f"this model has no dataset {dataset!r}; it was tuned on {known}")
         return self.tasks[dataset]
 
     # On disk
@@ -219,12 +220,12 @@ class VITask:
         """
         folder = Path(folder)
         if folder.exists() and not (folder / "vitask.json").is_file() and any(folder.iterdir()):
-            raise ValueError(
+            raise InputError(
                 f"{folder} holds files that are not a checkpoint; expected a new or empty folder, "
                 "or a checkpoint, which is replaced"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        unfinished = part_folder(folder.parent, folder.name)
         unfinished.chmod(0o755)
         # The vocabulary never changes, so peft need not look up the base model to check.
         self.vlm.adapter.save_pretrained(unfinished / "adapter", save_embedding_layers=False)
@@ -241,7 +242,7 @@ class VITask:
             "recipe": asdict(self.recipe),
             "tasks": {name: task.card() for name, task in self.tasks.items()},
         }
-        (unfinished / "vitask.json").write_text(json.dumps(card, indent=1) + "\n")
+        (unfinished / "vitask.json").write_text(json.dumps(card, indent=1) + "\n", "utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(unfinished, folder)
@@ -254,13 +255,13 @@ class VITask:
         """
         folder = Path(folder)
         if not (folder / "vitask.json").is_file():
-            raise ValueError(
+            raise InputError(
                 f"no checkpoint at {folder}; expected a folder with vitask.json, written by "
                 "save_pretrained or `python -m bench run`"
             )
-        card = json.loads((folder / "vitask.json").read_text())
+        card = json.loads((folder / "vitask.json").read_text("utf-8"))
         if card.get("format") not in range(1, FORMAT + 1):
-            raise ValueError(
+            raise InputError(
                 f"{folder / 'vitask.json'} has format {card.get('format')!r}; this version reads "
                 f"formats 1 to {FORMAT}: update VITask to read a newer checkpoint, or tune the "
                 "model again"

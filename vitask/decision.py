@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vitask.data.spec import DatasetSpec
+from vitask.errors import InputError
 from vitask.prompts import Candidates, candidates
 from vitask.score import Prediction
 from vitask.validation import decide
@@ -44,7 +45,7 @@ def scored(
     """
     log_p = prediction.log_probability
     if spec.multi_label and answers is None:
-        raise ValueError(f"{spec.name}: the candidates of a multi-label dataset must be given")
+        raise InputError(f"{spec.name}: the candidates of a multi-label dataset must be given")
     if not spec.multi_label:
         answers = candidates(spec, labels)
     assert answers is not None
@@ -68,17 +69,17 @@ def _check(
     if spec.multi_label:
         widths["labels"] = len(spec.classes)
     if prediction.kind not in widths:
-        raise ValueError(
+        raise InputError(
             f"{spec.name}: kind of the prediction is {prediction.kind!r}; "
             f"expected {' or '.join(widths)} for the task {spec.task!r}"
         )
     log_p, expected = prediction.log_probability, (len(labels), widths[prediction.kind])
     if log_p.shape != expected:
-        raise ValueError(f"{spec.name}: log-probabilities {log_p.shape}; expected {expected}")
+        raise InputError(f"{spec.name}: log-probabilities {log_p.shape}; expected {expected}")
     if np.isnan(log_p).any() or not np.isfinite(log_p.max(1)).all():
-        raise ValueError(f"{spec.name}: log-probabilities are NaN or all infinite in some rows")
+        raise InputError(f"{spec.name}: log-probabilities are NaN or all infinite in some rows")
     if prediction.generated is not None and len(prediction.generated) != len(labels):
-        raise ValueError(
+        raise InputError(
             f"{spec.name}: {len(prediction.generated)} generated answers to {len(labels)} images"
         )
 

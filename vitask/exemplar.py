@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitask.errors import InputError
+
 VARIANTS = {
     "cls": "one token: the TSM's CLS or pooled feature, after the image tokens",
     "all": "every patch token of the TSM, after the image tokens",
@@ -42,7 +44,7 @@ class ExemplarConnector(nn.Module):
     ) -> Float[Tensor, "batch tokens hidden"]:
         """(batch, features) gives one exemplar token, (batch, tokens, features) one a token."""
         if features.shape[-1] != self.features:
-            raise ValueError(
+            raise InputError(
                 f"the task-specific model (TSM) gives features of width {features.shape[-1]}, the "
                 f"connector was trained for {self.features}; plug in a TSM of the same width"
             )

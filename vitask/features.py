@@ -4,13 +4,13 @@ import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import mkdtemp
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vitask.data.spec import Dataset
+from vitask.files import part_folder
 
 CHUNK = 1024  # images computed at once when their features go to disk
 
@@ -56,7 +56,7 @@ class Features:
     def _on_disk(self, name: str, images: np.ndarray, one: Tensor) -> Tensor:
         """Features computed in chunks, straight into a memory-mapped file."""
         if self._files is None:
-            self._files = mkdtemp(prefix=".features-", dir=self._place)
+            self._files = str(part_folder(self._place, "features"))
             weakref.finalize(self, shutil.rmtree, self._files, ignore_errors=True)
         shape = (len(images), *one.shape[1:])
         path = str(Path(self._files) / name)

@@ -1,8 +1,12 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and what may be deleted: only what carries our mark."""
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
+from tempfile import mkdtemp
+
+PART = ".vitask-part"  # ends the names of what is being written, and of nothing else
 
 
 def write_text(path: Path, text: str) -> None:
@@ -13,7 +17,7 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Atomic: written beside the file, then moved onto it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = part_of(path)
     with part.open("wb") as file:
         file.write(content)
         file.flush()
@@ -21,5 +25,31 @@ def write_bytes(path: Path, content: bytes) -> None:
     os.replace(part, path)
 
 
+def part_of(path: Path) -> Path:
+    """Where a file or folder is written before it is whole."""
+    return path.with_name(f".{path.name}{PART}")
+
+
+def part_folder(parent: Path | None, name: str) -> Path:
+    """A new, empty folder for parts, in the system's temporary folder by default."""
+    return Path(mkdtemp(dir=parent, prefix=f".{name}.", suffix=PART))
+
+
+def sweep(folder: Path) -> None:
+    """Delete the parts that a killed process left in a folder, not below it."""
+    if folder.is_dir() and not folder.is_symlink():
+        for path in folder.glob(f".*{PART}"):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; of a link, the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
+
+
 def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

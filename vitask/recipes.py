@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from vitask.data import medmnist, phantom
+from vitask.errors import InputError
 from vitask.prompts import FORMS
 
 AT_LEAST = {  # fields that count something, and their least values
@@ -30,7 +31,7 @@ AT_LEAST = {  # fields that count something, and their least values
 
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{field} is {value!r}; expected one of {', '.join(map(str, allowed))}")
+        raise InputError(f"{field} is {value!r}; expected one of {', '.join(map(str, allowed))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,31 +135,31 @@ class Recipe:
         _one_of("step", self.step, ("shared", "three"))
         _one_of("source_size", self.source_size, medmnist.SIZES)
         if self.rda_weight and not self.exemplar:
-            raise ValueError(
+            raise InputError(
                 f"recipe {self.name!r} has rda_weight {self.rda_weight} without exemplar; "
                 "RDA aligns with the exemplar branch: set exemplar=True or rda_weight=0"
             )
         if self.lora_dropout and self.step == "shared":
-            raise ValueError(
+            raise InputError(
                 f"recipe {self.name!r} has lora_dropout {self.lora_dropout} with step 'shared'; "
                 "in one forward, all branches would drop the same values, so the result would "
                 "differ from three forwards: set lora_dropout=0 or step='three'"
             )
         if self.trained != "adapters" and self.step == "shared":
-            raise ValueError(
+            raise InputError(
                 f"recipe {self.name!r} trains {self.trained!r} with step 'shared'; trained image "
                 "tokens need a forward for each branch: set step='three'"
             )
         for name, least in AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; expected at least {least}")
+                raise InputError(f"{name} is {value}; expected at least {least}")
         if self.epochs == 0:
-            raise ValueError(
+            raise InputError(
                 f"recipe {self.name!r} has no epochs; expected at least 1 in one of the stages"
             )
         if self.batch_size % 4:
-            raise ValueError(
+            raise InputError(
                 f"batch_size is {self.batch_size}; expected a multiple of 4, because batches are "
                 "made of blocks of 4 samples (vitask/batches.py)"
             )
@@ -215,7 +216,7 @@ class Recipe:
 
     def _source(self, name: str) -> Source:
         if name not in self.sources:
-            raise ValueError(
+            raise InputError(
                 f"recipe {self.name!r} has no data source {name!r}; "
                 f"expected one of {', '.join(self.sources)}"
             )
@@ -291,5 +292,5 @@ def recipe(name: str) -> Recipe:
     """The recipe of that name; ValueError names the nearest."""
     if name not in RECIPES:
         near = get_close_matches(name, RECIPES) or list(RECIPES)
-        raise ValueError(f"no recipe {name!r}; did you mean {' or '.join(near)}?")
+        raise InputError(f"no recipe {name!r}; did you mean {' or '.join(near)}?")
     return RECIPES[name]

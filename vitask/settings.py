@@ -21,6 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
+from vitask.errors import InputError
 from vitask.recipes import RECIPES, Recipe, Source, Study
 from vitask.recipes import recipe as base_recipe
 
@@ -41,17 +42,17 @@ def parse(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = (piece.strip() for piece in text.partition("="))
         if not equals:
-            raise ValueError(f"{text!r} is not a setting; expected field=value")
+            raise InputError(f"{text!r} is not a setting; expected field=value")
         if name == "name":
-            raise ValueError("name cannot be set: a recipe file gives a recipe its name")
+            raise InputError("name cannot be set: a recipe file gives a recipe its name")
         if name == "sources":
-            raise ValueError(
+            raise InputError(
                 "sources cannot be set: choose with --datasets and --seeds, or in a recipe file"
             )
         if name not in FIELDS:
             raise _unknown(name, FIELDS)
         if name in settings:
-            raise ValueError(f"{name} is given twice; expected one value")
+            raise InputError(f"{name} is given twice; expected one value")
         settings[name] = _of_text(name, value, FIELDS[name])
     return settings
 
@@ -72,18 +73,18 @@ def read(path: str | Path) -> tuple[Recipe, dict[str, Any]]:
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a file") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a file") from error
     except ValueError as error:  # not TOML, or not UTF-8
-        raise ValueError(f"{path}: malformed TOML ({error})") from error
+        raise InputError(f"{path}: malformed TOML ({error})") from error
     try:
         if not isinstance(given.get("base"), str):
-            raise ValueError(f"base is missing; expected one of {', '.join(RECIPES)}, as a text")
+            raise InputError(f"base is missing; expected one of {', '.join(RECIPES)}, as a text")
         base = base_recipe(given.pop("base"))
         settings = _values("", {k: v for k, v in given.items() if k != "sources"}, FIELDS)
         sources = _sources(given.get("sources", {}), base.sources)
         recipe = replace(base, name=path.stem, sources=sources, **settings)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     return recipe, {n: value for n, value in settings.items() if value != getattr(base, n)}
 
 
@@ -138,7 +139,7 @@ def _checked(name: str, value: Any, field: Any) -> Any:
         if not isinstance(value, list) or not (many or len(value) == len(arguments)):
             raise _wrong(name, value, field)
         if many and not value:
-            raise ValueError(f"{name} is empty; expected one or more")
+            raise InputError(f"{name} is empty; expected one or more")
         return tuple(_checked(f"{name}[{i}]", v, arguments[0]) for i, v in enumerate(value))
     if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
@@ -152,7 +153,7 @@ def _values(where: str, table: Mapping[str, Any], types: Mapping[str, Any]) -> d
     for name in table:
         if name not in types:
             if where + name == "name":
-                raise ValueError("name cannot be set: a recipe has the name of its file")
+                raise InputError("name cannot be set: a recipe has the name of its file")
             raise _unknown(where + name, [where + known for known in types])
     return {name: _checked(where + name, v, types[name]) for name, v in table.items()}
 
@@ -175,17 +176,17 @@ def _sources(given: Any, base: Mapping[str, Source]) -> dict[str, Source]:
 
 def _table(where: str, given: Any) -> Mapping[str, Any]:
     if not isinstance(given, dict):
-        raise ValueError(f"{where} is {given!r}; expected a table [{where}]")
+        raise InputError(f"{where} is {given!r}; expected a table [{where}]")
     return given
 
 
-def _unknown(name: str, known: Collection[str]) -> ValueError:
+def _unknown(name: str, known: Collection[str]) -> InputError:
     near = get_close_matches(name, known) or list(known)
-    return ValueError(f"a recipe has no field {name!r}; did you mean {' or '.join(near)}?")
+    return InputError(f"a recipe has no field {name!r}; did you mean {' or '.join(near)}?")
 
 
-def _wrong(name: str, value: object, kind: Any) -> ValueError:
-    return ValueError(f"{name} is {value!r}; expected {_described(kind)}")
+def _wrong(name: str, value: object, kind: Any) -> InputError:
+    return InputError(f"{name} is {value!r}; expected {_described(kind)}")
 
 
 def _described(kind: Any) -> str:

@@ -20,6 +20,7 @@ from vitask.batches import Batch, make_batches
 from vitask.branches import BatchInputs, three_forwards
 from vitask.checkpoint import Task, VITask
 from vitask.data.spec import Dataset
+from vitask.errors import Diverged, InputError
 from vitask.exemplar import ExemplarConnector, feature_kind
 from vitask.features import Features, Joined
 from vitask.objective import Weights, joint_loss, stage_weights
@@ -137,11 +138,11 @@ def tune(
         `recipe.trained` is more than the adapters, `image` holds `vlm.pixel_values`
     on_epoch: called after every epoch
 
-    ValueError if the recipe needs a TSM and none is given; FloatingPointError as soon as a loss is
+    ValueError if the recipe needs a TSM and none is given; Diverged as soon as a loss is
     not a finite number.
     """
     if recipe.exemplar and (tsm is None or exemplar is None):
-        raise ValueError(
+        raise InputError(
             f"recipe {recipe.name!r} tunes with exemplars; expected `tsm` and its features as "
             "`exemplar`"
         )
@@ -182,7 +183,7 @@ def tune(
             for name, value in zip(VITaskLosses._fields, losses, strict=True):
                 sums[name] += float(value.detach())
             if not np.isfinite(sums["total"]):
-                raise FloatingPointError(
+                raise Diverged(
                     f"the loss is {float(losses.total.detach())} in epoch {epoch + 1}; "
                     "lower the recipe's learning_rate"
                 )

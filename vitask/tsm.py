@@ -22,6 +22,7 @@ from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 from vitask.data.spec import Dataset, DatasetSpec
+from vitask.errors import InputError
 from vitask.recipes import Recipe
 from vitask.validation import OnEpoch, decide, ignore, macro_f1
 
@@ -64,7 +65,7 @@ class TSM(nn.Module):
         if not timm.is_model(name):
             near = get_close_matches(name, timm.list_models(), n=4)
             asked = f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models()"
-            raise ValueError(f"timm has no model {name!r}{asked}")
+            raise InputError(f"timm has no model {name!r}{asked}")
         classes = max(span.stop for span in spans.values())
         # Models with a fixed grid (ViT, hybrids) need the size; the others take any.
         config = timm.get_pretrained_cfg(name)
@@ -112,7 +113,7 @@ class TSM(nn.Module):
         all: (images, tokens, features), the last feature map without prefix tokens
         """
         if kind not in FEATURES:
-            raise ValueError(f"features {kind!r}; expected one of {', '.join(FEATURES)}")
+            raise InputError(f"features {kind!r}; expected one of {', '.join(FEATURES)}")
         self.eval()
         done = []
         for i in range(0, len(images), batch_size):
@@ -150,12 +151,12 @@ class TSM(nn.Module):
         save_file(state, folder / "tsm.safetensors")
         spans = {name: [span.start, span.stop] for name, span in self.spans.items()}
         card = {"name": self.name, "size": self.size, "heads": spans}
-        (folder / "tsm.json").write_text(json.dumps(card, indent=1) + "\n")
+        (folder / "tsm.json").write_text(json.dumps(card, indent=1) + "\n", "utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "TSM":
         """The model that `save` wrote, frozen, on the CPU."""
-        card = json.loads((folder / "tsm.json").read_text())
+        card = json.loads((folder / "tsm.json").read_text("utf-8"))
         spans = {name: Head(*span) for name, span in card["heads"].items()}
         model = cls(card["name"], spans, card["size"])
         model.load_state_dict(load_file(folder / "tsm.safetensors"))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AutoProcessor, InternVLForConditionalGeneration, InternVLProcessor
 
+from vitask.errors import InputError
 from vitask.pocket import POCKET
 
 # The linear layers of the language model only: "all-linear" would also adapt the vision tower and
@@ -70,7 +71,7 @@ class VLM:
                 source, dtype=dtype, attn_implementation={"": "sdpa", "text_config": text}
             )
         except OSError as error:
-            raise ValueError(
+            raise InputError(
                 f"no vision language model at {name!r}; expected 'pocket', a folder with "
                 "config.json and model.safetensors, or the hub name of a native InternVL "
                 f"checkpoint that is downloaded or can be ({error})"
@@ -132,7 +133,7 @@ class VLM:
         ValueError for images of another dtype or shape than uint8 (n, h, w[, 3]).
         """
         if images.dtype != np.uint8 or images.ndim not in (3, 4):
-            raise ValueError(
+            raise InputError(
                 f"images have dtype {images.dtype} and shape {images.shape}; "
                 "expected uint8 of shape (n, height, width) or (n, height, width, 3)"
             )
@@ -233,7 +234,7 @@ class VLM:
                 lambda row, head, query, key: of_all[row, 0, query, key],
                 rows, None, queries, keys, device=mask.device,
             )  # fmt: skip
-        raise ValueError(
+        raise InputError(
             f"attention is {attention!r}; expected 'sdpa', 'eager' or 'flex_attention', which take "
             "a mask over pairs of tokens: load the model through VLM.load"
         )

@@ -10,7 +10,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from bench.errors import is_our_error
+from bench.errors import told
+from vitask.errors import InputError
 
 FAILED, MISUSED = 1, 2  # exit codes
 
@@ -25,7 +26,7 @@ Unverified = Annotated[
 ]
 
 
-class UnknownName(ValueError):
+class UnknownName(InputError):
     """An unknown name on the command line."""
 
 
@@ -38,12 +39,12 @@ def clean(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except UnknownName as error:
             stop(str(error), MISUSED)
-        except (ValueError, FileNotFoundError) as error:
-            if not is_our_error(error):
-                raise
-            stop(str(error), FAILED)
         except KeyboardInterrupt:
             stop("interrupted; the same command continues", FAILED)
+        except Exception as error:
+            if (text := told(error)) is None:
+                raise
+            stop(text, FAILED)
 
     return wrapped
 
@@ -52,7 +53,7 @@ def data_folders(data_root: list[Path] | None) -> tuple[Path, ...]:
     """The data roots; each must exist."""
     for root in data_root or ():
         if not os.path.isdir(root):  # False without access, too
-            raise ValueError(f"--data-root {root} is not a folder; expected one with .npz files")
+            raise InputError(f"--data-root {root} is not a folder; expected one with .npz files")
     return tuple(data_root or ())
 
 

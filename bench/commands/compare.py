@@ -14,6 +14,7 @@ from bench.runs.records import Record, Samples, read_samples, samples_path
 from bench.runs.sets import read_records
 from bench.stats.metrics import measure
 from bench.suite import Suite, suite
+from vitask.errors import InputError
 
 KEYS = ["dataset", "metric"]
 RENAMED = {"difference_low": "low", "difference_high": "high"}
@@ -30,7 +31,7 @@ def compare_methods(folder: Path, name: str, method: str, reference: str) -> pd.
     for one in (method, reference):
         of.method(one)
     if method == reference:
-        raise ValueError(f"{method!r} was given twice; expected two different methods")
+        raise InputError(f"{method!r} was given twice; expected two different methods")
     mine = [r for r in read_records(folder, name) if r.method in (method, reference)]
     pair = of.pair(method, reference)
     return _paired(mine, Answers.read(folder, mine, pair), method, reference)
@@ -46,13 +47,13 @@ def compare_runs(
     of, runs = suite(name), [str(folder) for folder in folders]
     of.method(method)
     if runs[0] == runs[1]:
-        raise ValueError(f"{runs[0]} was given twice; expected two different runs")
+        raise InputError(f"{runs[0]} was given twice; expected two different runs")
     sides = [
         {r.seed: r for r in read_records(folder, name) if r.method == method} for folder in folders
     ]
     seeds = sorted(set(sides[0]) & set(sides[1]))
     if not seeds:
-        raise ValueError(
+        raise InputError(
             f"the runs share no seed of {method!r}: {runs[0]} has {sorted(sides[0])}, "
             f"{runs[1]} {sorted(sides[1])}; run one of them with a seed of the other"
         )
@@ -99,7 +100,7 @@ def chosen(
         known = frame[column].unique().tolist()
         for name in wanted:
             if name not in known:
-                raise ValueError(
+                raise InputError(
                     f"no {column} {name!r} in these runs; they have {', '.join(known)}"
                 )
     frame = frame[frame["metric"].isin(metrics or default)]
@@ -115,12 +116,12 @@ def _shared_rows(
         a, b = ours[name], theirs[name]
         _, left, right = np.intersect1d(a.ids, b.ids, return_indices=True)
         if len(left) and not np.array_equal(a.labels[left], b.labels[right]):
-            raise ValueError(
+            raise InputError(
                 f"{name}: test images of {runs[0]} and {runs[1]} have the same ids and different "
                 "labels; the runs are of different data and cannot be paired"
             )
         if len(left):
             shared[name] = (left, right)
     if not shared:
-        raise ValueError(f"{runs[0]} and {runs[1]} share no test image; they cannot be paired")
+        raise InputError(f"{runs[0]} and {runs[1]} share no test image; they cannot be paired")
     return shared

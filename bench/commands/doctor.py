@@ -39,7 +39,7 @@ def _versions() -> list[Finding]:
     except PackageNotFoundError:
         hint = "not installed; run `pip install -c constraints.txt -e .` in the checkout"
         found.append(Finding(PROJECT, hint, False))
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
         needed = [Requirement(text) for text in project["dependencies"]]
     for requirement in needed:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):

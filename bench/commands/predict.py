@@ -19,6 +19,8 @@ import typer
 from bench.commands.cli import UnknownName
 from vitask.card import read_card
 from vitask.data.images import image_files, read_image
+from vitask.errors import InputError
+from vitask.files import part_of
 
 if TYPE_CHECKING:
     from vitask.checkpoint import VITask
@@ -84,11 +86,11 @@ def _destination(output: Path | None) -> Iterator[TextIO]:
         if place.exists() and not (place.is_file() and os.access(place, os.W_OK)):
             raise OSError(0, "what is there is not a file that you may replace")
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(f".{place.name}.part")
+        part = part_of(place)
         file = part.open("w", encoding="utf-8", newline="")
     except OSError as error:
         text = f"--output {output} cannot be written: {error.strerror}; name another file"
-        raise ValueError(text) from error
+        raise InputError(text) from error
     try:
         with file:
             yield file

@@ -27,6 +27,7 @@ from bench.machine.speed import DTYPES, MIB, Clock, figure, interleaved, peak_mi
 from bench.machine.tables import Aim, check
 from bench.suite import MachineSuite, Measured
 from kernels.cpu import project
+from vitask.errors import InputError
 
 COLUMNS = (
     "device", "dtype", "operation", "implementation", "rows", "hidden", "vocab", "pass",
@@ -60,7 +61,7 @@ def measure(
 ) -> Iterator[Measured]:
     """Measures all operations at all shapes; yields the results so far after each shape."""
     if trace is not None:
-        raise ValueError("suite kernels writes no trace; --trace goes with the suite step")
+        raise InputError("suite kernels writes no trace; --trace goes with the suite step")
     found, missing = peers(device)
     rows: list[dict[str, Any]] = []
     notes = {"relative error of the loss and of its gradient": errors(device)}

@@ -117,7 +117,7 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     place = Path("/proc/cpuinfo")
-    text = place.read_text() if place.exists() else ""
+    text = place.read_text("utf-8") if place.exists() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
     name = found[1].strip() if found else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"

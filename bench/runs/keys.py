@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.errors import ROOT
+from vitask.errors import InputError
 
 PACKAGES = ("kernels", "vitask", "bench")
 CODE = "code: "  # before a module's path, as the name of an ingredient
@@ -93,7 +94,7 @@ def weights(folder: Path) -> str:
     """Digest of the names and bytes of all files in a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
-        raise ValueError(f"{folder} holds no files; expected a folder with a model's weights")
+        raise InputError(f"{folder} holds no files; expected a folder with a model's weights")
     digests = {}
     for path in files:
         with path.open("rb") as file:
@@ -119,7 +120,7 @@ def _file(root: Path, *names: str) -> str:
         for path in (f"{stem}/__init__.py", f"{stem}.py"):
             if name.split(".")[0] in PACKAGES and (root / path).is_file():
                 return path
-    raise ValueError(
+    raise InputError(
         f"no module {names[-1]!r} under {root}; "
         f"expected a dotted name in {', '.join(PACKAGES)}, such as 'vitask.train'"
     )
@@ -204,7 +205,7 @@ class _Reader:
                 self.imported((alias.name,) for alias in node.names)
             case ast.ImportFrom(module=module):
                 if module is None or node.level:
-                    raise ValueError(f"{self.path}, line {node.lineno}: import by the full name")
+                    raise InputError(f"{self.path}, line {node.lineno}: import by the full name")
                 self.imported((f"{module}.{alias.name}", module) for alias in node.names)
                 if module in TYPES:
                     node.names = [alias for alias in node.names if alias.asname]

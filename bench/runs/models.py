@@ -2,13 +2,12 @@
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vitask.files import write_text
+from vitask.files import part_of, remove, write_text
 from vitask.memory import Held
 
 Model = TypeVar("Model")
@@ -42,9 +41,10 @@ def kept(
     with Held() as held:
         model, log = train()
     seconds = round(time.perf_counter() - start, 2)
-    part, folder = place / f".{name}.part", place / name
+    folder = place / name
+    part = part_of(folder)
     place.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(part, ignore_errors=True)
+    remove(part)
     save(model, part)
     note = {"key": key, "suite": suite, "log": log}
     note |= {"seconds": seconds, "peak_mib": round(held.mib)}

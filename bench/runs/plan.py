@@ -16,6 +16,7 @@ from vitask.data import load
 from vitask.data.check import torn_groups
 from vitask.data.spec import Dataset
 from vitask.data.subset import subset
+from vitask.errors import InputError
 from vitask.prompts import instruction, sha256
 from vitask.recipes import Recipe
 
@@ -68,7 +69,7 @@ class Plan:
                 phantom_sizes=self.recipe.samples("phantom"),
             )  # fmt: skip
             if torn := torn_groups(dataset):
-                raise ValueError(
+                raise InputError(
                     f"{name}: {len(torn)} group(s) have images in two splits ({torn[0]}, ...), so "
                     "the test images are not new to the models; split the dataset by group"
                 )
@@ -99,7 +100,7 @@ class Job:
         that several suites share."""
         loaded = {} if loaded is None else loaded
         if lacks := suite.lacking(plan):
-            raise ValueError(f"suite {suite.name}: {lacks}")
+            raise InputError(f"suite {suite.name}: {lacks}")
         key = (plan.names, plan.recipe.train_limit, plan.recipe.val_limit)
         if key not in loaded:
             loaded[key] = plan.datasets()

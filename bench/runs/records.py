@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitask.data.spec import DatasetSpec
+from vitask.errors import InputError
 from vitask.files import file_sha256, write_bytes, write_text
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Record:
         try:
             return cls(**json.loads(path.read_bytes()))
         except (ValueError, TypeError) as error:  # not JSON, not UTF-8, other fields
-            raise ValueError(
+            raise InputError(
                 f"{path} is not a whole record ({error}); put it back from a copy, or run the "
                 "suite again: it computes this record alone"
             ) from error
@@ -195,9 +196,9 @@ def read_samples(path: Path) -> dict[str, Samples]:
     try:
         table = pq.read_table(path)  # older files hold float64
         if table.schema.names != SCHEMA.names:
-            raise ValueError(f"its columns are {', '.join(table.schema.names)}")
+            raise InputError(f"its columns are {', '.join(table.schema.names)}")
     except (OSError, pa.ArrowInvalid, ValueError) as error:
-        raise ValueError(f"{path} is not a whole samples file ({error})") from error
+        raise InputError(f"{path} is not a whole samples file ({error})") from error
     found = {}
     for name in dict.fromkeys(table["dataset"].to_pylist()):
         rows = table.filter(pa.compute.equal(table["dataset"], name)).to_pydict()

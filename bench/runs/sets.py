@@ -14,8 +14,6 @@ command, and its records. A command that is killed at any moment goes on when it
 import fcntl
 import json
 import os
-import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -27,14 +25,13 @@ from bench.runs.ingredients import record_key
 from bench.runs.keys import changes
 from bench.runs.models import models_of
 from bench.runs.records import Record, record_name, record_path, samples_path
-from vitask.files import write_bytes, write_text
+from vitask.errors import InputError
+from vitask.files import remove, sweep, write_bytes, write_text
 
 MANIFEST = "run.json"
 UNFINISHED, SUPERSEDED = "unfinished", "superseded"
 OFFICIAL = "official"
 RENDERED = ("csv", "md", "svg")
-# Names that a killed process leaves; nothing else that is hidden is ours.
-LEFT_BEHIND = re.compile(r"\.+.+\.part(\..*)?|\.features-\w+")
 
 
 @dataclass
@@ -58,17 +55,21 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)  # the folder itself: no lock file stays behind
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"{folder} cannot be written ({error.strerror}); give another --out"
         ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise InputError(
                 f"another run is writing {folder}; wait for it, or give another --out"
             ) from None
-        _sweep(folder)
+        places = [folder, *folder.glob(f"{UNFINISHED}/*"), *folder.glob(f"{SUPERSEDED}/*")]
+        inner = ("", "records", "samples", "checkpoints", OFFICIAL)
+        for place in places:
+            for name in inner:
+                sweep(place / name)
         for place in sorted((folder / UNFINISHED).glob("*")):
             for suite, entry in read_manifest(place).items():
                 if entry.ready:  # killed while they were moved
@@ -76,14 +77,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the files that a killed process was writing."""
-    for place in (folder, *(p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink())):
-        for path in place.glob(".*"):
-            if LEFT_BEHIND.fullmatch(path.name) and not path.is_symlink():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
@@ -99,7 +92,7 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
             for suite, entry in found.items()
         }
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is not a run's manifest ({error}); put it back from a copy, or give another "
             "--out: it names the records that belong to the run"
         ) from None
@@ -137,7 +130,7 @@ def check_foreign(folder: Path, suite: str, entry: Entry) -> None:
     for name in {*entry.records} - {*(shown.records if shown else ())}:
         path = record_path(folder, name)
         if path.is_file() and not _is_of(entry, folder, name):
-            raise ValueError(
+            raise InputError(
                 f"{path} belongs to no run in {folder / MANIFEST} and would be replaced; put the "
                 "manifest back from a copy, move the record away, or give another --out"
             )
@@ -197,13 +190,14 @@ def _is_of(entry: Entry, folder: Path, name: str) -> bool:
 
 
 def _discard(place: Path) -> None:
-    """Remove a folder whose records have moved, and the folder above it if it is empty."""
-    if place.is_dir():
-        hidden = place.with_name(f".{place.name}.part")  # swept if this is killed
-        os.replace(place, hidden)
-        shutil.rmtree(hidden)
-        if not any(place.parent.iterdir()):
-            place.parent.rmdir()
+    """Remove our files from a set's folder, then every folder that is empty."""
+    rendered = [place / f"{suite}.{end}" for suite in read_manifest(place) for end in RENDERED]
+    ours = [*place.glob("records/*.json"), *place.glob("samples/*.parquet"), *rendered]
+    for path in (*ours, place / MANIFEST):
+        path.unlink(missing_ok=True)
+    for folder in (place / "records", place / "samples", place, place.parent):
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _move(source: Path, target: Path, name: str) -> None:
@@ -222,11 +216,11 @@ def read_records(folder: Path, suite: str) -> list[Record]:
     """The records of the set that is shown, by seed and method; all must be present."""
     entry = read_manifest(folder).get(suite)
     if entry is None:
-        raise ValueError(f"no run of suite {suite!r} in {folder}; run it first")
+        raise InputError(f"no run of suite {suite!r} in {folder}; run it first")
     paths = [record_path(folder, name) for name in entry.records]
     missing = [path.stem for path in paths if not path.is_file()]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{folder} lacks {len(missing)} of {len(paths)} records of suite {suite!r} "
             f"({', '.join(missing[:3])}, ...); the same command computes them again"
         )
@@ -251,7 +245,7 @@ def what_fresh_deletes(folder: Path, suites: Sequence[str]) -> list[Path]:
 def delete(folder: Path, suites: Sequence[str], paths: Sequence[Path]) -> None:
     """Delete what `what_fresh_deletes` named, and the suites from the manifest."""
     for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _discard(path) if (path / MANIFEST).is_file() else remove(path)
     manifest = read_manifest(folder)
     write_manifest(folder, {name: entry for name, entry in manifest.items() if name not in suites})
 
@@ -292,10 +286,10 @@ def read_whole(folder: Path) -> dict[str, list[Record]]:
     """The records of every set that is shown; ValueError for one that differs from its digest."""
     records = {suite: read_records(folder, suite) for suite in read_manifest(folder)}
     if not records:
-        raise ValueError(f"{folder} holds no run (no {MANIFEST}); expected OUT/<recipe>-<data>")
+        raise InputError(f"{folder} holds no run (no {MANIFEST}); expected OUT/<recipe>-<data>")
     for record in chain.from_iterable(records.values()):
         if damage := record.damage(folder):
-            raise ValueError(f"{folder}: {record.name}: {damage}; nothing was copied")
+            raise InputError(f"{folder}: {record.name}: {damage}; nothing was copied")
     return records
 
 

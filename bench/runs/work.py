@@ -22,6 +22,7 @@ from vitask.checkpoint import Task, VITask
 from vitask.data.spec import Dataset
 from vitask.data.subset import fraction
 from vitask.decision import rounded
+from vitask.errors import InputError
 from vitask.exemplar import feature_kind
 from vitask.features import Features
 from vitask.recipes import Recipe, vanilla
@@ -165,7 +166,7 @@ class Work:
         if not recipe.exemplar:
             tsm = None
         elif tsm is None:
-            raise ValueError(f"{training.name} is tuned with exemplars; expected its trained TSM")
+            raise InputError(f"{training.name} is tuned with exemplars; expected its trained TSM")
         else:
             exemplar = self.exemplar(tsm.model, training)
             in_training = self.exemplar(tsm.model, training, datasets)

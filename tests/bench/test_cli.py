@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from bench.__main__ import app
 from bench.commands import doctor
 from bench.suite import SUITES, suite
+from vitask.errors import InputError
 from vitask.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -268,7 +269,7 @@ def other_suite(monkeypatch, name, **changed):
 
 
 def without_labels(self, plan, datasets):
-    raise ValueError("labels.csv is missing")
+    raise InputError("labels.csv is missing")
 
 
 def test_the_other_suites_run_after_one_fails(plan, monkeypatch):
@@ -306,7 +307,7 @@ def test_the_other_suites_run_if_one_lacks_its_data(plan, monkeypatch):
     words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
     done = bench("run", "broken", "cheap", *words)
     assert done.exit_code == 1
-    assert "failed: broken: ValueError: labels.csv is missing" in done.output
+    assert "failed: broken: labels.csv is missing" in done.output
     assert len(list(plan.out.glob("*/cheap.csv"))) == 1
 
 
@@ -319,7 +320,7 @@ def test_verify_continues_after_a_suite_without_its_data(plan, monkeypatch):
     monkeypatch.setattr(type(of), "evaluated", without_labels)
     done = bench("verify", folder)
     assert done.exit_code == 1
-    assert f"{folder}: away was not verified: ValueError: labels.csv is missing" in done.output
+    assert f"{folder}: away was not verified: labels.csv is missing" in done.output
     assert f"{folder}: 3 record(s) of cheap: ok" in done.output
 
 
@@ -333,7 +334,7 @@ def test_all_skips_a_suite_that_cannot_run_and_naming_it_fails(plan, monkeypatch
     assert "lacking is left out: no package" in done.output
     done = bench("run", "cheap", "lacking", *words)
     assert done.exit_code == 1
-    assert "failed: lacking: ValueError: suite lacking: no package" in done.output
+    assert "failed: lacking: suite lacking: no package" in done.output
     assert "error: suite lacking: no package" in bench("run", "lacking", *words).output
 
 

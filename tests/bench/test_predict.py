@@ -22,6 +22,7 @@ from vitask.checkpoint import Task, VITask
 from vitask.data import load
 from vitask.data.images import read_image
 from vitask.exemplar import ExemplarConnector
+from vitask.files import part_of
 from vitask.recipes import POCKET, vanilla
 from vitask.tsm import TSM, heads
 from vitask.vlm import VLM
@@ -159,7 +160,7 @@ def test_the_batch_size_does_not_change_answers(models, images, monkeypatch):
 
 
 def test_rows_are_written_before_the_next_batch_is_scored(models, images, tmp_path, monkeypatch):
-    part, lines, judge = tmp_path / ".answers.csv.part", [], VITask.image_tokens
+    part, lines, judge = part_of(tmp_path / "answers.csv"), [], VITask.image_tokens
 
     def counted(self, images, **options):
         lines.append(len(part.read_text().splitlines()))

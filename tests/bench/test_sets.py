@@ -19,6 +19,7 @@ from bench.runs import keys, sets
 from bench.runs.plan import Job, Plan
 from bench.suite import suite
 from tests.bench.cheap_runs import complete, problems, records_of
+from vitask.files import PART, part_of
 
 
 def contents(folder):
@@ -133,9 +134,9 @@ def dies_after(moves):
 
     def dying(source, target):
         if "records" in str(target) or "samples" in str(target):
-            if left[0] == 0 and ".part" not in str(source):
+            if left[0] == 0 and PART not in str(source):
                 raise KeyboardInterrupt
-            left[0] -= ".part" not in str(source)
+            left[0] -= PART not in str(source)
         real(source, target)
 
     return dying
@@ -216,8 +217,11 @@ def test_fresh_deletes_only_the_named_suites_and_lists_the_files(finished, capsy
 
 def test_foreign_hidden_files_stay(finished):
     plan, _ = finished
-    ours = [plan.folder / ".cheap.csv.part", plan.folder / "records" / ".x.json.part"]
-    for path in (*ours, plan.folder / ".gitignore"):
+    ours = [part_of(plan.folder / "cheap.csv"), part_of(plan.folder / "records" / "x.json")]
+    theirs = [".gitignore", ".x.part", ".features-old", "notes/.x" + PART, "records/.x.json.part"]
+    (plan.folder / "notes").mkdir()
+    (plan.folder / "samples" / ("." + "linked" + PART)).symlink_to(plan.folder / "notes")
+    for path in (*ours, *(plan.folder / name for name in theirs)):
         path.touch()
     (plan.folder / ".git").mkdir()
     (plan.folder / ".git" / "HEAD").touch()
@@ -225,7 +229,7 @@ def test_foreign_hidden_files_stay(finished):
         pass
     assert not any(path.exists() for path in ours)
     assert (plan.folder / ".git" / "HEAD").is_file()
-    assert (plan.folder / ".gitignore").is_file()
+    assert all((plan.folder / name).is_file() for name in theirs)
 
 
 def test_collect_merges_seeds_from_other_folders(finished, tmp_path):
@@ -272,7 +276,8 @@ def test_a_record_without_its_manifest_is_not_replaced(finished):
     (plan.folder / "run.json").unlink()
     other = replace(plan, recipe=replace(plan.recipe, weight_decay=0.5))
     failed = run_plan(other, ["cheap"]).failed["cheap"]
-    assert f"{path} belongs to no run" in failed
+    assert f"{plan.folder}/records/cheap-" in failed
+    assert "belongs to no run" in failed
     assert path.read_bytes() == before
     assert complete(plan).computed == {"cheap": 0}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vitask.data.spec import SPLITS, Dataset, DatasetSpec, Split, ids
+from vitask.errors import InputError
 
 _GROUPS = "groups"
 
@@ -39,7 +40,7 @@ def load_file(
     md5 = file_md5(path)
     md5_ok = expected_md5 is None or md5 == expected_md5
     if not md5_ok and not allow_unverified:
-        raise ValueError(
+        raise InputError(
             f"{path}: MD5 is {md5}, expected {expected_md5}; download the official file again "
             f"(python -m bench data download), or admit this one with --allow-unverified "
             f"{spec.name}; every result then says so"
@@ -54,7 +55,7 @@ def load_file(
                 group = _group(path, archive, f"{split}_{_GROUPS}", len(images)) if groups else None
                 splits[split] = Split(images, labels, ids(spec.name, split, len(images)), group)
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: the archive is damaged ({error}); expected a whole .npz file: "
             "copy or download it again"
         ) from error
@@ -73,18 +74,18 @@ def _md5() -> "hashlib._Hash":
 
 def _check_archive(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; put the .npz there, or give another data root")
+        raise InputError(f"{path} does not exist; put the .npz there, or give another data root")
     if zipfile.is_zipfile(path):
         return
     length = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04":
-        raise ValueError(
+        raise InputError(
             f"{path}: the archive is truncated: it starts as a zip, but its table of contents is "
             f"missing after {length} bytes; copy or download it again"
         )
-    raise ValueError(
+    raise InputError(
         f"{path}: not a .npz (zip) archive: {length} bytes that start with {start!r}; expected "
         "a file written by numpy.savez, or MedMNIST's own: copy or download it again"
     )
@@ -98,7 +99,7 @@ def _check_keys(path: Path, found: list[str], *, groups_allowed: bool) -> bool:
     if grouped & set(found):
         missing |= grouped - set(found)
     if missing or extra:
-        raise ValueError(
+        raise InputError(
             f"{path}: keys are {sorted(found)}, expected {sorted(needed)}"
             f"{' and, if any, ' + str(sorted(grouped)) if groups_allowed else ''}; "
             f"missing {sorted(missing)}, unknown {sorted(extra)}; give a file in MedMNIST's layout"
@@ -110,11 +111,11 @@ def _array(path: Path, archive: "np.lib.npyio.NpzFile", key: str) -> np.ndarray:
     try:
         found = archive[key]
         if not isinstance(found, np.ndarray):  # a member that does not start like an array
-            raise ValueError(f"starts with {bytes(found[:6])!r}")
+            raise InputError(f"starts with {bytes(found[:6])!r}")
         return found
     except ValueError as error:
         reason = "holds pickled objects" if "allow_pickle" in str(error) else f"({error})"
-        raise ValueError(
+        raise InputError(
             f"{path}: {key} cannot be read: it {reason}; expected a plain numeric array. Pickles "
             "can run code and are never loaded: save the array with a numeric dtype"
         ) from error
@@ -131,7 +132,7 @@ def _images(
     images = _array(path, archive, key)
     shape = (spec.n_samples[split], size, size, *((3,) if spec.n_channels == 3 else ()))
     if images.shape != shape or images.dtype != np.uint8:
-        raise ValueError(
+        raise InputError(
             f"{path}: {key} is {images.dtype} {images.shape}, expected uint8 {shape}: "
             f"{shape[0]} images of {size} pixels with {spec.n_channels} channel(s), as "
             f"{spec.source} describes {spec.name}; another version or size of the file?"
@@ -145,14 +146,14 @@ def _labels(
     labels = _array(path, archive, key)
     shape = (spec.n_samples[split], len(spec.classes) if spec.multi_label else 1)
     if labels.shape != shape or labels.dtype.kind not in "iu":
-        raise ValueError(
+        raise InputError(
             f"{path}: {key} is {labels.dtype} {labels.shape}, expected integers {shape}, one row "
             f"for each image ({spec.task}); another version of the file?"
         )
     top = 1 if spec.multi_label else len(spec.classes) - 1
     wrong = np.flatnonzero(((labels < 0) | (labels > top)).any(1))
     if len(wrong):
-        raise ValueError(
+        raise InputError(
             f"{path}: {key} has labels out of range in {len(wrong)} row(s), first row {wrong[0]}: "
             f"{labels[wrong[0]].tolist()}; expected 0 to {top}: correct the labels or the classes"
         )
@@ -163,7 +164,7 @@ def _labels(
 def _group(path: Path, archive: "np.lib.npyio.NpzFile", key: str, count: int) -> np.ndarray:
     groups = _array(path, archive, key)
     if groups.shape != (count,) or groups.dtype.kind not in "Uiu":
-        raise ValueError(
+        raise InputError(
             f"{path}: {key} is {groups.dtype} {groups.shape}, expected texts or integers "
             f"({count},), one for each image"
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from vitask.data.archive import load_file
 from vitask.data.spec import SPLITS, TASKS, Dataset, DatasetSpec
+from vitask.errors import InputError
 
 FIELDS = {
     "name": str,
@@ -53,11 +54,11 @@ def find(name: str, roots: Sequence[Path]) -> Path:
         if card.is_file():
             return card
         if archive.is_file():
-            raise ValueError(
+            raise InputError(
                 f"{archive} has no card; write {card} with the fields {', '.join(FIELDS)}"
             )
     searched = ", ".join(map(str, roots)) or "no data root"
-    raise ValueError(f"{name}.json is missing; looked in {searched}: give the folder that has it")
+    raise InputError(f"{name}.json is missing; looked in {searched}: give the folder that has it")
 
 
 def read_card(path: Path) -> DatasetSpec:
@@ -65,23 +66,23 @@ def read_card(path: Path) -> DatasetSpec:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path}: not a JSON card ({error}); expected an object") from error
+        raise InputError(f"{path}: not a JSON card ({error}); expected an object") from error
     if not isinstance(card, dict):
-        raise ValueError(f"{path}: holds a {type(card).__name__}; expected a JSON object")
+        raise InputError(f"{path}: holds a {type(card).__name__}; expected a JSON object")
     if missing := [field for field in FIELDS if field not in card]:
-        raise ValueError(f"{path}: lacks {missing}; a card has the fields {', '.join(FIELDS)}")
+        raise InputError(f"{path}: lacks {missing}; a card has the fields {', '.join(FIELDS)}")
     for field, kind in FIELDS.items():
         if not isinstance(card[field], kind) or isinstance(card[field], bool):
-            raise ValueError(
+            raise InputError(
                 f"{path}: {field} is {card[field]!r}; expected a JSON "
                 f"{ {str: 'text', int: 'integer', dict: 'object'}[kind] }"
             )
     if card["name"] != path.stem:
-        raise ValueError(
+        raise InputError(
             f"{path}: name is {card['name']!r}; expected the file's name, {path.stem!r}: rename one"
         )
     if card["task"] not in TASKS:
-        raise ValueError(f"{path}: task is {card['task']!r}; expected one of {list(TASKS)}")
+        raise InputError(f"{path}: task is {card['task']!r}; expected one of {list(TASKS)}")
     try:
         return DatasetSpec(
             name=card["name"],
@@ -95,7 +96,7 @@ def read_card(path: Path) -> DatasetSpec:
             head=card["name"],
         )
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
 def load(name: str, roots: Sequence[Path], *, size: int = 28) -> Dataset:
@@ -104,7 +105,7 @@ def load(name: str, roots: Sequence[Path], *, size: int = 28) -> Dataset:
     path = card.with_name(f"{name}{'' if size == 28 else f'_{size}'}.npz")
     if not path.is_file():
         found = [p.name for p in _archives(card)]
-        raise ValueError(
+        raise InputError(
             f"{path} is missing beside its card; found {found or 'no archive'}: add the images of "
             f"{size} pixels, or use a recipe with another source_size"
         )
@@ -119,7 +120,7 @@ def _archives(card: Path) -> list[Path]:
 def _classes(label: dict[str, Any]) -> tuple[str, ...]:
     keys = [str(i) for i in range(len(label))]
     if sorted(label) != sorted(keys) or not all(isinstance(v, str) for v in label.values()):
-        raise ValueError(
+        raise InputError(
             f"label is {label!r}; expected a text for each label of the archive, with the keys "
             "'0', '1', ..."
         )
@@ -131,5 +132,5 @@ def _counts(n_samples: dict[str, Any]) -> dict[str, int]:
         type(count) is int and count > 0 for count in n_samples.values()
     )
     if not good:
-        raise ValueError(f"n_samples is {n_samples!r}; expected a count above 0 for {list(SPLITS)}")
+        raise InputError(f"n_samples is {n_samples!r}; expected a count above 0 for {list(SPLITS)}")
     return {split: n_samples[split] for split in SPLITS}

@@ -27,6 +27,7 @@ import pandas as pd
 from vitask.data import phantom
 from vitask.data.images import read_image
 from vitask.data.spec import SPLITS, Dataset, DatasetSpec, Split, ids
+from vitask.errors import InputError
 
 Labelled = list[tuple[Path, int, str]]  # file, grade, split ("" if the set has none)
 SHARES = (0.6, 0.1, 0.3)  # of train, val, test if the set has no splits
@@ -56,12 +57,12 @@ def load(
     folder = _folder(name, roots)
     if folder is None:
         looked = ", ".join(map(str, roots)) or "no data root"
-        raise ValueError(
+        raise InputError(
             f"no folder {name!r} in {looked}; expected the set's published files there"
         )
     labelled = READERS[name](folder)
     if not labelled:
-        raise ValueError(f"{folder} has no labelled image of {name}; expected its published files")
+        raise InputError(f"{folder} has no labelled image of {name}; expected its published files")
     labelled = _divided(labelled, name)
     digest, splits = hashlib.md5(usedforsecurity=False), {}
     for split in SPLITS:
@@ -133,7 +134,7 @@ def _messidor(folder: Path) -> Labelled:
     columns = ("Image name", "Retinopathy grade")
     files = sorted(folder.glob("*.xls")) or sorted(folder.glob("annotations.csv"))
     if not files:
-        raise ValueError(
+        raise InputError(
             f"{folder} has neither the published XLS files nor an annotations.csv; expected one of "
             "the two"
         )
@@ -153,11 +154,11 @@ READERS: dict[str, Callable[[Path], Labelled]] = {
 def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """A CSV or XLS file, without blanks around column names and without rows that lack a value."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing; expected a table with {', '.join(columns)}")
+        raise InputError(f"{path} is missing; expected a table with {', '.join(columns)}")
     table = _xls(path) if path.suffix == ".xls" else pd.read_csv(path)
     table.columns = [str(column).strip() for column in table.columns]
     if lacking := [column for column in columns if column not in table.columns]:
-        raise ValueError(f"{path} lacks the column(s) {lacking}; it has {list(table.columns)}")
+        raise InputError(f"{path} lacks the column(s) {lacking}; it has {list(table.columns)}")
     return table.dropna(subset=list(columns))
 
 
@@ -166,11 +167,11 @@ def _xls(path: Path) -> pd.DataFrame:
     try:
         import xlrd
     except ImportError as error:  # optional: only MESSIDOR needs it
-        raise ValueError(f"{path} cannot be read without xlrd: pip install xlrd") from error
+        raise InputError(f"{path} cannot be read without xlrd: pip install xlrd") from error
     try:  # not with pandas, which drops xlrd
         sheet = xlrd.open_workbook(path).sheet_by_index(0)
     except xlrd.XLRDError as error:
-        raise ValueError(f"{path} is not an XLS file: {error}") from error
+        raise InputError(f"{path} is not an XLS file: {error}") from error
     header, *rows = (sheet.row_values(number) for number in range(sheet.nrows))
     return pd.DataFrame([[None if v == "" else v for v in row] for row in rows], columns=header)
 
@@ -180,7 +181,7 @@ def _image(folder: Path, stem: str) -> Path:
         path = folder / f"{stem}{ending}"
         if path.is_file():
             return path
-    raise ValueError(f"{folder} has no image {stem!r}; expected one of {', '.join(ENDINGS)}")
+    raise InputError(f"{folder} has no image {stem!r}; expected one of {', '.join(ENDINGS)}")
 
 
 def _divided(labelled: Labelled, name: str) -> Labelled:

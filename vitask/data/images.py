@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from vitask.errors import InputError
+
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
@@ -22,7 +24,7 @@ def read_image(
     """
     try:
         if not path.is_file():  # opening a pipe would wait for ever
-            raise ValueError("there is no such file, or it is not a regular file")
+            raise InputError("there is no such file, or it is not a regular file")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
@@ -33,7 +35,7 @@ def read_image(
             pixels = pixels.crop((left, top, left + side, top + side))
         return np.asarray(pixels.resize((size, size), Image.Resampling.BICUBIC), dtype=np.uint8)
     except Exception as error:  # on a damaged file Pillow's readers raise almost anything
-        raise ValueError(f"{path} is not a readable image ({error})") from error
+        raise InputError(f"{path} is not a readable image ({error})") from error
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -43,7 +45,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         return image.convert("RGBA") if "transparency" in image.info else image
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(
+        raise InputError(
             f"mode {image.mode} with values from {values.min()} to {values.max()}; "
             "expected 8 or 16 bits a pixel: convert it first"
         )
@@ -53,7 +55,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 def image_files(folder: Path) -> tuple[list[Path], list[str]]:
     """Sorted paths of all images, relative to the folder, and notes on skipped ones."""
     if not folder.is_dir():
-        raise ValueError(f"no folder {folder}; expected a folder of images")
+        raise InputError(f"no folder {folder}; expected a folder of images")
     skipped: list[str] = []
     walk = os.walk(folder, onerror=lambda error: skipped.append(str(error)))
     paths = (Path(place, name).relative_to(folder) for place, _, names in walk for name in names)
@@ -62,5 +64,5 @@ def image_files(folder: Path) -> tuple[list[Path], list[str]]:
     if hidden := len(found) - len(files):
         skipped.append(f"{hidden} hidden image file(s)")
     if not files:
-        raise ValueError(f"no image in {folder}; expected files ending in {', '.join(ENDINGS)}")
+        raise InputError(f"no image in {folder}; expected files ending in {', '.join(ENDINGS)}")
     return files, skipped

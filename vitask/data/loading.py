@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vitask.data import card, medmnist, phantom
 from vitask.data.spec import Dataset, DatasetSpec
+from vitask.errors import InputError
 
 SOURCES = ("medmnist", "phantom")
 
@@ -66,7 +67,7 @@ def load(
         raise _unknown(name, known, roots)
     if source == "phantom":
         if size != phantom.SIZE:
-            raise ValueError(
+            raise InputError(
                 f"phantom images have {phantom.SIZE} pixels, not {size}; use a recipe with "
                 f"source_size={phantom.SIZE}, or real data"
             )
@@ -81,13 +82,13 @@ def load(
 def _check_source(source: str) -> None:
     if source not in SOURCES:
         near = get_close_matches(source, SOURCES) or list(SOURCES)
-        raise ValueError(f"no data source {source!r}; did you mean {' or '.join(near)}?")
+        raise InputError(f"no data source {source!r}; did you mean {' or '.join(near)}?")
 
 
-def _unknown(name: str, known: Sequence[str], roots: Sequence[Path]) -> ValueError:
+def _unknown(name: str, known: Sequence[str], roots: Sequence[Path]) -> InputError:
     near = get_close_matches(name, known) or list(known)
     searched = f" (cards looked for in {', '.join(map(str, roots))})" if roots else ""
-    return ValueError(f"no dataset {name!r}{searched}; did you mean {' or '.join(near)}?")
+    return InputError(f"no dataset {name!r}{searched}; did you mean {' or '.join(near)}?")
 
 
 def present(source: str, roots: Sequence[Path], size: int) -> tuple[str, ...]:
@@ -102,5 +103,5 @@ def present(source: str, roots: Sequence[Path], size: int) -> tuple[str, ...]:
     found = tuple(dict.fromkeys([*official, *card.names(roots)]))
     if not found:
         looked = ", ".join(map(str, roots)) or "no folder: give --data-root"
-        raise ValueError(f"no dataset of {size} pixels found; looked in {looked}")
+        raise InputError(f"no dataset of {size} pixels found; looked in {looked}")
     return found

@@ -20,6 +20,8 @@ from typing import Any
 
 from vitask.data.archive import file_md5, load_file
 from vitask.data.spec import SPLITS, Dataset, DatasetSpec
+from vitask.errors import InputError
+from vitask.files import PART
 
 MODALITY = {
     "pathmnist": "colon pathology",
@@ -114,7 +116,7 @@ def find(name: str, size: int, roots: Sequence[Path]) -> Path:
         if (path := Path(root) / wanted).is_file():
             return path
     looked = [f"{root}{'' if Path(root).is_dir() else ' (no such folder)'}" for root in roots]
-    raise ValueError(
+    raise InputError(
         f"{wanted} is missing; looked in {', '.join(looked) or 'no data root at all'}. Give the "
         "folder that has it with --data-root, or fetch it with python -m bench data download DIR "
         f"--datasets {name} --size {size}"
@@ -128,22 +130,22 @@ def download(name: str, size: int, root: Path, *, timeout_seconds: float = 60.0)
     or size, a failed transfer and a wrong MD5.
     """
     if name not in NAMES:
-        raise ValueError(f"no MedMNIST set {name!r}; expected one of {', '.join(NAMES)}")
+        raise InputError(f"no MedMNIST set {name!r}; expected one of {', '.join(NAMES)}")
     path, md5 = Path(root) / file_name(name, size), expected_md5(name, size)
     if path.is_file():
         if (found := file_md5(path)) == md5:
             return path
-        raise ValueError(
+        raise InputError(
             f"{path} exists with MD5 {found}, expected {md5}; move it away to fetch it again"
         )
     url = info()[name][f"url{_suffix(size)}"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     try:
         with os.fdopen(descriptor, "wb") as file:
             found = _fetch(url, file, path, md5, timeout_seconds)
         if found != md5:
-            raise ValueError(
+            raise InputError(
                 f"{url} gave MD5 {found}, expected {md5}; nothing was kept. Try again: the "
                 "transfer may have been cut off"
             )
@@ -163,7 +165,7 @@ def _fetch(url: str, file: Any, path: Path, md5: str, timeout_seconds: float) ->
                 file.write(chunk)
                 digest.update(chunk)
     except (urllib.error.URLError, OSError) as error:
-        raise ValueError(
+        raise InputError(
             f"{url} cannot be fetched ({error}). Without a network: fetch it elsewhere and put "
             f"it at {path} (MD5 {md5})"
         ) from error
@@ -172,7 +174,7 @@ def _fetch(url: str, file: Any, path: Path, md5: str, timeout_seconds: float) ->
 
 def _suffix(size: int) -> str:
     if size not in SIZES:
-        raise ValueError(f"MedMNIST has no size {size}; expected one of {list(SIZES)}")
+        raise InputError(f"MedMNIST has no size {size}; expected one of {list(SIZES)}")
     return "" if size == 28 else f"_{size}"
 
 

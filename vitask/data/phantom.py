@@ -41,6 +41,7 @@ from vitask.data import medmnist
 from vitask.data.looks import LOOKS, SIZE, column
 from vitask.data.spec import SPLITS, Dataset, DatasetSpec, Split, ids
 from vitask.data.subset import shares
+from vitask.errors import InputError
 
 PHANTOM_SEED = 2410_06456  # the paper's number on arXiv; fixed, so that the data never change
 SIZES = (200, 60, 100)  # images in train, val, test
@@ -93,7 +94,7 @@ def make(name: str, sizes: tuple[int, int, int] = SIZES) -> Dataset:
     the MD5 differs too. ValueError for sizes below 1.
     """
     if len(sizes) != len(SPLITS) or min(sizes) < 1:
-        raise ValueError(
+        raise InputError(
             f"phantom sizes {tuple(sizes)} for {name}; expected three counts of 1 or more, for "
             f"{', '.join(SPLITS)}"
         )

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from vitask.errors import InputError
+
 TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, binary-class")
 SPLITS = ("train", "val", "test")
 
@@ -33,23 +35,23 @@ class DatasetSpec:
     def __post_init__(self) -> None:
         where = f"dataset {self.name!r}"
         if self.task not in TASKS:
-            raise ValueError(f"{where}: task is {self.task!r}; expected one of {list(TASKS)}")
+            raise InputError(f"{where}: task is {self.task!r}; expected one of {list(TASKS)}")
         if self.n_channels not in (1, 3):
-            raise ValueError(f"{where}: n_channels is {self.n_channels!r}; expected 1 or 3")
+            raise InputError(f"{where}: n_channels is {self.n_channels!r}; expected 1 or 3")
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
-            raise ValueError(
+            raise InputError(
                 f"{where}: classes are {list(self.classes)}; expected two or more different names"
             )
         if self.task == "binary-class" and len(self.classes) != 2:
-            raise ValueError(f"{where}: {len(self.classes)} classes in a binary-class task")
+            raise InputError(f"{where}: {len(self.classes)} classes in a binary-class task")
         for text in self.classes:
             if not text.strip() or ";" in text:
-                raise ValueError(
+                raise InputError(
                     f"{where}: class name {text!r}; expected a text without a semicolon, which "
                     "separates the names in an instruction"
                 )
         if tuple(sorted(self.n_samples)) != tuple(sorted(SPLITS)):
-            raise ValueError(
+            raise InputError(
                 f"{where}: n_samples has {sorted(self.n_samples)}; expected {list(SPLITS)}"
             )
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from vitask.data.spec import SPLITS, Dataset
+from vitask.errors import InputError
 
 
 def subset(
@@ -24,7 +25,7 @@ def subset(
     for number, split in enumerate(SPLITS):
         images, limit = dataset.splits[split], limits[split]
         if limit is not None and limit < 1:
-            raise ValueError(
+            raise InputError(
                 f"{split}={limit} for {dataset.spec.name}; expected 1 or more, or None"
             )
         if limit is not None and limit < len(images):

@@ -33,7 +33,7 @@ def main() -> None:
 
     if arguments.evaluate:
         vlm = VLM.load(str(arguments.out))
-        made = json.loads((arguments.out / "heldout.json").read_text())["made"]
+        made = json.loads((arguments.out / "heldout.json").read_text("utf-8"))["made"]
     else:
         vlm, made = train(arguments.steps, arguments.seed)
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def main() -> None:
     if arguments.no_evaluation:
         return
     card = held_out_card(vlm) | {"sha256": digest, "made": made}
-    (arguments.out / "heldout.json").write_text(json.dumps(card, indent=1) + "\n")
+    (arguments.out / "heldout.json").write_text(json.dumps(card, indent=1) + "\n", "utf-8")
     print(json.dumps(card, indent=1))
 
 

@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 
 def corpus() -> list[str]:
     """Sentences for the tokenizer: every phrase once at the start of an answer, once within."""
-    phrases = WORDS.read_text().splitlines()
+    phrases = WORDS.read_text("utf-8").splitlines()
     phrases += [text for wordings in WORDINGS.values() for text in wordings]
     phrases += [answer for answers in KINDS.values() for answer in answers]
     phrases += [f"Give the {ordinal}." for ordinal in ORDINALS]
