@@ -312,7 +312,9 @@ def _sizes(name: str, size: int, device: str) -> tuple[int | None, list[int]]:
     above = next((one for one in _candidates(name, size) if works(one)), None)
     if above is None:
         return None, []
-    step = next((step for step in STEPS if above % step == 0 and works(above + step)), None)
+    # Three steps as well: where sizes are rounded, 33 pixels can do as well as 32, and not 35.
+    steps = (one for one in STEPS if above % one == 0 and works(above + one))
+    step = next((one for one in steps if works(above + 3 * one)), None)
     if step is None or above < size:
         return None, [above]
     # Whatever fails by being too small works from some size on.
