@@ -80,6 +80,7 @@ def results(out: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.long
 def test_killed_in_the_middle_of_suites_that_share_models(tmp_path):
     """It ends with the files of an undisturbed run and repeats nothing."""
     with started(tmp_path / "whole") as process:
