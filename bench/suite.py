@@ -84,8 +84,18 @@ ECE = Metric(
     lower_is_better=True, biased=True,
 )  # fmt: skip
 QWK = Metric("qwk", "Quadratic weighted kappa", averaged=False)
+OF_TWO_CLASSES = (  # the positive class is label 1, as in AUC
+    Metric(
+        "sensitivity", "Sensitivity at the threshold chosen on validation data (class of label 1)",
+        averaged=False,
+    ),
+    Metric("specificity", "Specificity at the same threshold", averaged=False),
+    Metric("patient_auc", "AUC per patient, by the mean over a patient's images", averaged=False),
+    Metric("patient_sensitivity", "Sensitivity per patient, at the same threshold", averaged=False),
+    Metric("patient_specificity", "Specificity per patient, at the same threshold", averaged=False),
+)  # fmt: skip
 STANDARD = (
-    MACRO_F1, ACCURACY, AUC, BALANCED_ACCURACY, ECE, QWK,
+    MACRO_F1, ACCURACY, AUC, BALANCED_ACCURACY, ECE, QWK, *OF_TWO_CLASSES,
     Metric("gen_macro_f1", "Generated answers: macro-F1 (secondary)", secondary=True),
     Metric(
         "gen_invalid", "Generated answers: share of invalid ones, counted as wrong, never guessed",
@@ -144,6 +154,8 @@ class Outcome:
                  `measured` names those that differ from run to run
     extras:      JSON-able details worth keeping (validation curves, losses);
                  `changed`: how the method's recipe differs from the suite's
+    thresholds:  two-class dataset -> the probability of its second class from which it is the
+                 answer, chosen on the val split
     """
 
     method: str
@@ -152,6 +164,7 @@ class Outcome:
     items: "dict[str, Items]" = field(default_factory=dict)
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     measured: Names = ()
+    thresholds: dict[str, float] = field(default_factory=dict)
 
 
 class Suite:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vitask.calibration import Calibration
 from vitask.data.spec import Dataset, DatasetSpec
 from vitask.errors import InputError
 from vitask.exemplar import ExemplarConnector, feature_kind, image_and_exemplar
@@ -35,10 +36,14 @@ FORMAT = 2  # of vitask.json; in format 1 the recipe has fields for each source 
 
 @dataclass(frozen=True)
 class Task:
-    """A dataset that the model was tuned on: its description and its candidates."""
+    """A dataset that the model was tuned on: its description and its candidates.
+
+    calibration: fitted on the val split, "without" and "with" exemplar; empty for an untuned model
+    """
 
     spec: DatasetSpec
     candidates: Candidates
+    calibration: Mapping[str, Calibration] = field(default_factory=dict)
 
     @classmethod
     def of(cls, dataset: Dataset) -> "Task":
@@ -47,13 +52,16 @@ class Task:
 
     def card(self) -> dict[str, Any]:
         """For `vitask.json`."""
-        return {"spec": asdict(self.spec), **self.candidates.card()}
+        calibration = {mode: asdict(found) for mode, found in self.calibration.items()}
+        return {"spec": asdict(self.spec), **self.candidates.card(), "calibration": calibration}
 
     @classmethod
     def of_card(cls, card: Mapping[str, Any]) -> "Task":
         """The task that `card` was made of."""
         spec = DatasetSpec.of_json(card["spec"])
-        return cls(spec, Candidates.of_card(card, len(spec.classes)))
+        found = card.get("calibration", {})  # older checkpoints have none
+        calibration = {mode: Calibration(**values) for mode, values in found.items()}
+        return cls(spec, Candidates.of_card(card, len(spec.classes)), calibration)
 
 
 class VITask:
@@ -104,11 +112,25 @@ class VITask:
         images:   uint8 (n, h, w) or (n, h, w, 3)
         exemplar: whether the TSM's exemplar is in the prompt; None: if the model has a TSM
 
-        ValueError for an unknown dataset, and for an exemplar without a TSM.
+        At the temperature that was fitted on the val split, if the model has one. ValueError for
+        an unknown dataset, and for an exemplar without a TSM.
         """
         scores = self.score(dataset, self.image_tokens(images, exemplar=exemplar))
-        shifted = np.exp(scores - scores.max(-1, keepdims=True))
+        return self.probability(dataset, scores, exemplar=exemplar)
+
+    def probability(
+        self, dataset: str, scores: np.ndarray, *, exemplar: bool | None = None
+    ) -> Float[np.ndarray, "images candidates"]:
+        """The softmax of `score`'s log-probabilities at the fitted temperature, or at 1."""
+        scaled = scores / self.temperature(dataset, exemplar=exemplar)
+        shifted = np.exp(scaled - scaled.max(-1, keepdims=True))
         return shifted / shifted.sum(-1, keepdims=True)
+
+    def temperature(self, dataset: str, *, exemplar: bool | None = None) -> float:
+        """Fitted on the val split with or without exemplar; 1 for an untuned model."""
+        wanted = self.tsm is not None if exemplar is None else exemplar
+        found = self._task(dataset).calibration.get("with" if wanted else "without")
+        return 1.0 if found is None else found.temperature
 
     def image_tokens(
         self, images: np.ndarray, *, exemplar: bool | None = None

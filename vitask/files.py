@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from tempfile import mkdtemp
 
+from vitask.errors import InputError
+
 PART = ".vitask-part"  # ends the names of what is being written, and of nothing else
 
 
@@ -33,6 +35,26 @@ def part_of(path: Path) -> Path:
 def part_folder(parent: Path | None, name: str) -> Path:
     """A new, empty folder for parts, in the system's temporary folder by default."""
     return Path(mkdtemp(dir=parent, prefix=f".{name}.", suffix=PART))
+
+
+def check_destination(path: Path, option: str) -> Path:
+    """Where a file will be written (a link stays a link); InputError if that cannot be done.
+
+    option: how the user named it, such as "--output"
+    """
+    try:
+        place = path.resolve()
+        if place.exists() and not (place.is_file() and os.access(place, os.W_OK)):
+            raise OSError(0, "what is there is not a file that you may replace")
+        folder = place.parent
+        while not folder.exists():
+            folder = folder.parent
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise OSError(0, f"{folder} is not a folder that you may write to")
+    except OSError as error:
+        why = error.strerror
+        raise InputError(f"{option} {path} cannot be written: {why}; name another file") from error
+    return place
 
 
 def sweep(folder: Path) -> None:

@@ -28,10 +28,12 @@ def download(
 ) -> None:
     """Download official MedMNIST files and check their MD5."""
     from vitask.data import medmnist
+    from vitask.files import check_destination
 
     names = split_names(datasets) or medmnist.NAMES
     for name in names:
         check_known("MedMNIST set", name, medmnist.NAMES)
+    check_destination(root / "file", "ROOT")
     root.mkdir(parents=True, exist_ok=True)
     for name in names:
         typer.echo(str(medmnist.download(name, size, root)))

@@ -19,8 +19,8 @@ import typer
 from bench.commands.cli import UnknownName
 from vitask.card import read_card
 from vitask.data.images import image_files, read_image
-from vitask.errors import InputError
-from vitask.files import part_of
+from vitask.errors import boundary
+from vitask.files import check_destination, part_of
 
 if TYPE_CHECKING:
     from vitask.checkpoint import VITask
@@ -61,6 +61,9 @@ def predict_folder(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = VITask.from_pretrained(checkpoint, device=device)
         model.recipe = replace(recipe, score_batch_size=batch_size or recipe.score_batch_size)
+        if (temperature := model.temperature(name, exemplar=exemplar)) != 1:
+            text = f"probabilities are at temperature {temperature:.3g}, fitted on validation data"
+            typer.echo(text, err=True)
         return _write(file, model, name, folder, files, exemplar)
 
 
@@ -81,16 +84,11 @@ def _destination(output: Path | None) -> Iterator[TextIO]:
     if output is None:
         yield sys.stdout
         return
-    try:
-        place = output.resolve()  # a link stays a link
-        if place.exists() and not (place.is_file() and os.access(place, os.W_OK)):
-            raise OSError(0, "what is there is not a file that you may replace")
+    place = check_destination(output, "--output")
+    with boundary(f"--output {output}", "name another file"):
         place.parent.mkdir(parents=True, exist_ok=True)
         part = part_of(place)
         file = part.open("w", encoding="utf-8", newline="")
-    except OSError as error:
-        text = f"--output {output} cannot be written: {error.strerror}; name another file"
-        raise InputError(text) from error
     try:
         with file:
             yield file
@@ -121,7 +119,7 @@ def _write(
         if images:
             tokens = model.image_tokens(np.stack([*images.values()]), exemplar=exemplar)
             scores = model.score(name, tokens)
-            probability = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+            probability = model.probability(name, scores, exemplar=exemplar)
             for path, text, p in zip(images, model.write(name, tokens), probability, strict=True):
                 digits = [f"{value:.6f}" for value in p]
                 rows[path] = [*mark.values(), texts[p.argmax()], text, "", *digits]

@@ -61,6 +61,11 @@ class Plan:
 
     def datasets(self) -> dict[str, Dataset]:
         """All datasets, checked before anything is computed, cut to the recipe's size."""
+        if self.limit is not None and self.limit < 2:
+            raise InputError(
+                f"--limit {self.limit} leaves one image a split; expected 2 or more: losses and "
+                "checks compare images with each other"
+            )
         found = {}
         for name in self.names:
             dataset = load(
