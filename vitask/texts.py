@@ -22,11 +22,9 @@ def check_texts(vlm: VLM, spec: DatasetSpec, candidates: Candidates, form: str) 
     No text has a special token. The candidates differ as tokens, and what the tokens of each are
     decoded to is read as this candidate.
     """
-    where, finer = f"dataset {spec.name!r}", [text for text, _ in spec.answers]
-    for what, text in [
-        ("modality", spec.modality),
-        *(("class", c) for c in (*spec.classes, *finer)),
-    ]:
+    where, named = f"dataset {spec.name!r}", [("modality", spec.modality)]
+    named += [("class", text) for text in (*spec.classes, *(text for text, _ in spec.answers))]
+    for what, text in named:
         if mark := vlm.special_token(text):
             raise InputError(
                 f"{where}: {what} {text!r} has {mark!r}, a special token of the VLM {vlm.name!r}; "

@@ -6,7 +6,8 @@ medmnist's INFO does. `<name>.npz` beside it has the images at 28 pixels, or `<n
 belong together (one patient, one lesion). Other fields of the card are notes.
 
 A name has letters from a to z, digits, - and _, and starts with a letter or a digit. It differs
-from every other name in more than case. Hidden files, whose names start with a period, are no cards.
+from every other name in more than case. A hidden file, whose name starts with a period, is not a
+card.
 """
 
 import json
