@@ -64,7 +64,7 @@ def predict_folder(
         return _write(file, model, name, folder, files, exemplar)
 
 
-def _columns(texts: Sequence[str], own: Sequence[str]) -> list[str]:
+def columns(texts: Sequence[str], own: Sequence[str]) -> list[str]:
     """A column's name for each candidate: its text, marked where the table has the name already."""
     names: list[str] = []
     for text in texts:
@@ -121,7 +121,7 @@ def _write(
     table = csv.writer(file, lineterminator="\n")
     size, unreadable = model.recipe.score_batch_size, 0
     own = ["file", *mark, "answer", "generated", "error"]
-    table.writerow([*own, *_columns(texts, own)])
+    table.writerow([*own, *columns(texts, own)])
     for start in range(0, len(files), size):
         batch, images, rows = files[start : start + size], {}, {}
         for path in batch:
