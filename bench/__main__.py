@@ -325,7 +325,8 @@ def compare(
             frame = comparison.compare_methods(folder, suite, first, second)
             frames[f"{folder}: {first} against {second}"] = frame
     for title, frame in frames.items():
-        shown = comparison.chosen(frame, suite_of(suite), split_names(metric), split_names(dataset))
+        metrics = split_names(metric, frame["metric"].unique())
+        shown = comparison.chosen(frame, suite_of(suite), metrics, split_names(dataset))
         frames[title] = shown
         typer.echo(f"{title}\n{frame_text(shown)}")
     if csv is not None:

@@ -6,7 +6,8 @@ page. Suites are found by their file, and imported when they run.
 """
 
 import ast
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -217,7 +218,7 @@ class Suite:
         return {name: weights @ array / weights.sum(1) for name, array in values.items()}
 
     def sections(self, records: "Sequence[Record]", answers: "Answers") -> list[tuple[str, str]]:
-        """Further parts of the page: (title, Markdown)."""
+        """Further parts of the page: (title, Markdown), tables by `table`."""
         return []
 
     # What follows from these
@@ -272,6 +273,21 @@ def tsm_vanilla_vitask(recipe: Recipe) -> dict[str, Training]:
         "vanilla": Training("vanilla", vanilla(recipe)),
         "vitask": Training("vitask", recipe),
     }
+
+
+_MARKUP = re.compile(r"[\\`*<>|\[\]&~]|(?<![^\W_])_|_(?![^\W_])")  # not the _ inside a word
+
+
+def shown(text: str) -> str:
+    r"""A user's text as Markdown that shows it, in one line: `a|b` becomes `a\|b`."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown. Its cells are Markdown: names of datasets come through `shown`."""
+    rule = "|---" * len(head) + "|"
+    return "\n".join(["| " + " | ".join(head) + " |", rule,
+                      *("| " + " | ".join(line) + " |" for line in lines)])  # fmt: skip
 
 
 def question(name: str) -> str:

@@ -28,6 +28,7 @@ from vitask.files import part_folder
 from vitask.prompts import Candidates, candidates, instruction, response
 from vitask.recipes import Recipe
 from vitask.score import generate, response_log_probabilities
+from vitask.texts import check_texts
 from vitask.tsm import TSM
 from vitask.vlm import VLM
 
@@ -65,7 +66,10 @@ class Task:
 
 
 class VITask:
-    """A VLM with or without tuning; without `tsm` and `connector` it has no exemplar."""
+    """A VLM with or without tuning; without `tsm` and `connector` it has no exemplar.
+
+    ValueError for a task with a text that the VLM's tokenizer cannot carry (`vitask/texts.py`).
+    """
 
     def __init__(
         self,
@@ -76,6 +80,8 @@ class VITask:
         tsm: TSM | None = None,
         connector: ExemplarConnector | None = None,
     ) -> None:
+        for task in tasks.values():
+            check_texts(vlm, task.spec, task.candidates, recipe.instruction)
         self.vlm, self.recipe, self.tasks = vlm, recipe, dict(tasks)
         self.tsm, self.connector = tsm, connector
 

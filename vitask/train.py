@@ -29,6 +29,7 @@ from vitask.prompts import answer, instruction, response
 from vitask.recipes import Recipe
 from vitask.score import Prediction
 from vitask.shared import shared_forward
+from vitask.texts import check_texts
 from vitask.tsm import TSM
 from vitask.validation import OnEpoch, decide, ignore, macro_f1
 from vitask.vlm import VLM, Prompt
@@ -206,12 +207,14 @@ def tune(
 
 def _untuned(vlm: VLM, datasets: Mapping[str, Dataset], recipe: Recipe, tsm: TSM | None) -> VITask:
     """The model before its first step: new adapters, and a new connector with `recipe.exemplar`."""
+    tasks = {name: Task.of(dataset) for name, dataset in datasets.items()}
+    for task in tasks.values():  # before the VLM is changed
+        check_texts(vlm, task.spec, task.candidates, recipe.instruction)
     vlm.add_lora(rank=recipe.lora_rank, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout)
     connector = None
     if recipe.exemplar and tsm is not None:
         width = tsm.feature_size(feature_kind(recipe.variant))
         connector = ExemplarConnector(width, vlm.hidden_size).to(vlm.device)
-    tasks = {name: Task.of(dataset) for name, dataset in datasets.items()}
     return VITask(vlm, recipe, tasks, tsm=tsm if recipe.exemplar else None, connector=connector)
 
 

@@ -23,6 +23,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from vitask.data.spec import Dataset, DatasetSpec
 from vitask.errors import InputError
+from vitask.names import canonical
 from vitask.recipes import Recipe
 from vitask.validation import OnEpoch, decide, ignore, macro_f1
 
@@ -41,9 +42,20 @@ class Head:
 
 
 def heads(specs: Sequence[DatasetSpec]) -> dict[str, Head]:
-    """Spans by head name, in order of first appearance; the 12 MedMNIST sets give 70 outputs."""
+    """Spans by head name, in order of first appearance; the 12 MedMNIST sets give 70 outputs.
+
+    ValueError for datasets of one head whose classes differ.
+    """
     spans: dict[str, Head] = {}
+    first: dict[str, DatasetSpec] = {}
     for spec in specs:
+        other = first.setdefault(spec.head, spec)
+        if [*map(canonical, other.classes)] != [*map(canonical, spec.classes)]:
+            raise InputError(
+                f"datasets {other.name!r} and {spec.name!r} share the TSM's head {spec.head!r}, "
+                f"and have {len(other.classes)} and {len(spec.classes)} classes that are not the "
+                "same; give one of them another head"
+            )
         if spec.head not in spans:
             start = max((span.stop for span in spans.values()), default=0)
             spans[spec.head] = Head(start, start + len(spec.classes))

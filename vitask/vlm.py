@@ -7,6 +7,7 @@ checkpoint: the embedded `pocket`, a folder, `OpenGVLab/InternVL3-1B-hf`.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AutoProcessor, InternVLForConditionalGeneration, InternVLProcessor
 
 from vitask.errors import InputError
+from vitask.names import canonical
 from vitask.pocket import POCKET
 
 # The linear layers of the language model only: "all-linear" would also adapt the vision tower and
 # the VLM's connector.
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"
+
+MARKS = ("<image>", "<video>")  # what chats of this family write in the place of pictures
 
 
 @dataclass(frozen=True)
@@ -153,20 +157,64 @@ class VLM:
     # Text
 
     def prompt(self, instruction: str) -> Prompt:
-        """[user, image, instruction, assistant] in the checkpoint's chat template."""
+        """[user, image, instruction, assistant] in the checkpoint's chat template.
+
+        ValueError for an instruction with a special token of the tokenizer.
+        """
+        if mark := self.special_token(instruction):
+            raise InputError(
+                f"instruction {instruction!r} has {mark!r}, a special token of the VLM "
+                f"{self.name!r}, not a text; leave it out"
+            )
         text = self._render(instruction)
         image = self.processor.image_token
         opened = f"{self.processor.start_image_token}{image}{self.processor.end_image_token}"
-        ids = self.processor.tokenizer(text.replace(image, opened), add_special_tokens=False)[
-            "input_ids"
-        ]
+        ids = self._ids(text.replace(image, opened))
         at = ids.index(self.processor.image_token_id)
-        return Prompt(before=tuple(ids[:at]), after=tuple(ids[at + 1 :]))
+        return Prompt(before=ids[:at], after=ids[at + 1 :])
 
     def response_ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a response and its end-of-turn token."""
-        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return (*ids, self.end_of_turn_id)
+        """Token ids of a response and its end-of-turn token.
+
+        ValueError for a text with a special token, and for one that the tokens do not give back
+        (compared as written answers are, `vitask.names.canonical`).
+        """
+        ids = self.token_ids(text)
+        if mark := self.special_token(text):
+            raise InputError(
+                f"response {text!r} has {mark!r}, a special token of the VLM {self.name!r}, not a "
+                "text; leave it out"
+            )
+        if canonical(written := self.decode(ids)) != canonical(text):
+            raise InputError(
+                f"response {text!r} comes back from the tokens of the VLM {self.name!r} as "
+                f"{written!r}; write it with characters that the tokenizer knows"
+            )
+        return ids
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """The same ids for any text, unchecked."""
+        return (*self._ids(text), self.end_of_turn_id)
+
+    def special_token(self, text: str) -> str | None:
+        """A special token in a text, which the model would not see as letters; None if none is."""
+        if found := next((t for t in (*self._special.values(), *MARKS) if t in text), None):
+            return found
+        found_ids = (i for i in self._ids(text) if i in self._special)  # a normaliser may make one
+        return next((self._special[i] for i in found_ids), None)
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        """The tokenizer's special tokens by id, but for the one of unknown characters."""
+        tokenizer = self.processor.tokenizer
+        return {
+            number: token.content
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special and token.content and number != tokenizer.unk_token_id
+        }
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property
     def end_of_turn_id(self) -> int:
@@ -175,13 +223,14 @@ class VLM:
             prompt = self._render("?")
             whole = self._render("?", "!")
             tail = whole.removeprefix(prompt).removeprefix("!")
-            self._end_of_turn_id = self.processor.tokenizer(tail, add_special_tokens=False)[
-                "input_ids"
-            ][0]
+            self._end_of_turn_id = self._ids(tail)[0]
         return self._end_of_turn_id
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        """Token ids -> text, without special tokens; blanks before commas stay."""
+        return self.processor.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def _render(self, instruction: str, answer: str | None = None) -> str:
         content = [{"type": "image"}, {"type": "text", "text": instruction}]

@@ -48,18 +48,25 @@ def check(
     size: Annotated[int, typer.Option(help="Pixels of the source images.")] = 28,
     allow_unverified: Unverified = "",
 ) -> None:
-    """Check files; report duplicates across splits and conflicting labels; exit 1 on bad files."""
+    """Check files; report duplicates across splits and conflicting labels; exit 1 on bad files.
+
+    Cards whose names cannot be used count as bad files.
+    """
     from vitask.data import SOURCES, load, spec
+    from vitask.data.card import faults
     from vitask.data.check import duplicates
     from vitask.data.loading import present
 
     check_known("data source", data, SOURCES)
     roots = data_folders(data_root)
+    wrong = [] if datasets or data != "medmnist" else faults(roots)
+    for text in wrong:
+        typer.echo(text, err=True)
     names = split_names(datasets) or present(data, roots, size)
     must_resolve(
         lambda: [spec(name, roots=roots) for name in (*names, *split_names(allow_unverified))]
     )
-    bad = 0
+    bad = len(wrong)
     for name in names:
         try:
             found = load(

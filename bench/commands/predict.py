@@ -67,6 +67,17 @@ def predict_folder(
         return _write(file, model, name, folder, files, exemplar)
 
 
+def columns(texts: Sequence[str], own: Sequence[str]) -> list[str]:
+    """A column's name for each candidate: its text, marked where the table has the name already."""
+    names: list[str] = []
+    for text in texts:
+        name = text
+        while name in own or (name != text and name in texts):
+            name = f"candidate {name}"
+        names.append(name)
+    return names
+
+
 def _chosen(dataset: str | None, known: list[str]) -> str:
     """The dataset whose question is asked; where there is only one, it need not be named."""
     if dataset is None and len(known) == 1:
@@ -104,10 +115,11 @@ def _write(
     """The header, and batch by batch a row for each image; returns how many were unreadable."""
     spec, texts = model.tasks[name].spec, model.tasks[name].candidates.texts
     # on the face of everything that phantom data made
-    mark = {"trained_on": "PHANTOM data"} if "phantom" in spec.source else {}
+    mark = {"trained_on": "PHANTOM data"} if "vitask/data/phantom.py" in spec.source else {}
     table = csv.writer(file, lineterminator="\n")
     size, unreadable = model.recipe.score_batch_size, 0
-    table.writerow(["file", *mark, "answer", "generated", "error", *texts])
+    own = ["file", *mark, "answer", "generated", "error"]
+    table.writerow([*own, *columns(texts, own)])
     for start in range(0, len(files), size):
         batch, images, rows = files[start : start + size], {}, {}
         for path in batch:

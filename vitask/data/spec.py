@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from vitask.errors import InputError
+from vitask.names import check_answers, check_line, check_writable
 
 TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, binary-class")
 SPLITS = ("train", "val", "test")
@@ -17,7 +18,9 @@ SPLITS = ("train", "val", "test")
 class DatasetSpec:
     """A classification task, as its publisher describes it.
 
-    ValueError for a value that does not fit.
+    ValueError for a value that does not fit. Names of classes, and finer answers, must differ in
+    the form in which written answers are compared (`vitask.names.canonical`). A name may end with
+    a period, and blanks at its ends are kept.
     """
 
     name: str
@@ -38,18 +41,16 @@ class DatasetSpec:
             raise InputError(f"{where}: task is {self.task!r}; expected one of {list(TASKS)}")
         if self.n_channels not in (1, 3):
             raise InputError(f"{where}: n_channels is {self.n_channels!r}; expected 1 or 3")
-        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+        if len(self.classes) < 2:
             raise InputError(
                 f"{where}: classes are {list(self.classes)}; expected two or more different names"
             )
         if self.task == "binary-class" and len(self.classes) != 2:
             raise InputError(f"{where}: {len(self.classes)} classes in a binary-class task")
-        for text in self.classes:
-            if not text.strip() or ";" in text:
-                raise InputError(
-                    f"{where}: class name {text!r}; expected a text without a semicolon, which "
-                    "separates the names in an instruction"
-                )
+        check_answers(where, self.classes, self.answers, multi_label=self.multi_label)
+        check_line(f"{where}: modality", self.modality)
+        for what in ("name", "license", "source", "head"):
+            check_writable(f"{where}: {what}", getattr(self, what))
         if tuple(sorted(self.n_samples)) != tuple(sorted(SPLITS)):
             raise InputError(
                 f"{where}: n_samples has {sorted(self.n_samples)}; expected {list(SPLITS)}"
