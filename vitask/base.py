@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from transformers.utils import logging
 
 from vitask.errors import InputError, boundary
+from vitask.files import file_sha256
 from vitask.memory import available
 from vitask.pocket import POCKET
 from vitask.sealed import listed
@@ -59,6 +61,21 @@ def files(folder: Path) -> list[Path]:
     """The files that decide what the VLM answers."""
     found = (path for path in folder.iterdir() if path.is_file())
     return sorted(path for path in found if any(fnmatch(path.name, one) for one in READ))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256 of these files; a file that has not changed is read once."""
+    found = {}
+    for path in files(folder):
+        with boundary(path, REMEDY):
+            state = path.stat()
+            found[path.name] = _digest(path, state.st_size, state.st_mtime_ns)
+    return found
+
+
+@cache
+def _digest(path: Path, size: int, written: int) -> str:
+    return file_sha256(path)
 
 
 def check(
@@ -123,7 +140,7 @@ def check_values(folder: Path, model: torch.nn.Module) -> None:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """config.json, of a native InternVL; every other JSON file is readable."""
+    """config.json, of a native InternVL; every other text file is readable."""
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; expected the folder with {CONFIG} and {WEIGHTS}")
     for name, text in (
@@ -135,6 +152,10 @@ def _config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} has no {CONFIG}; expected the folder of a native InternVL")
     found = {path.name: _object(path) for path in files(folder) if path.suffix == ".json"}
+    for path in files(folder):
+        if path.suffix in (".jinja", ".txt"):
+            with boundary(path, REMEDY):
+                path.read_text("utf-8")
     if not {"tokenizer.json", "vocab.json"} & set(found):
         raise InputError(f"{folder} has no tokenizer.json; {REMEDY}")
     config = found[CONFIG]

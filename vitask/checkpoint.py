@@ -231,7 +231,7 @@ class VITask:
             save_file(vision.state_dict(), folder / VISION)
         if self.tsm is not None:
             self.tsm.save(folder)
-        write_card(folder, self.recipe, self.tasks, self.vlm.base_digests())
+        write_card(folder, self.recipe, self.tasks, self.vlm.digests)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str = "cpu") -> "VITask":

@@ -20,7 +20,6 @@ from transformers import AutoProcessor, InternVLForConditionalGeneration, Intern
 from vitask import adapter, base
 from vitask.card import REMEDY
 from vitask.errors import InputError, boundary
-from vitask.files import file_sha256
 from vitask.sealed import listed
 
 
@@ -49,7 +48,9 @@ class VLM:
         self.model = cast(InternVLForConditionalGeneration, model.eval().requires_grad_(False))
         self.processor = processor
         self.name = name
-        self.folder: Path | None = None  # of its files, if it was loaded from files
+        # Of its files, if it was loaded from files; SHA-256 by name.
+        self.folder: Path | None = None
+        self.digests: dict[str, str] = {}
 
     @classmethod
     def load(
@@ -71,6 +72,7 @@ class VLM:
         """
         folder = base.find(name)
         base.check(folder, dtype, device)
+        digests = base.digests(folder)
         text = attention if torch.device(device).type == "cuda" else "sdpa"
         with boundary(f"the tokenizer or processor of {folder}", base.REMEDY):
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -89,7 +91,7 @@ class VLM:
         with boundary(f"device {device}", "free its memory, or take another device"):
             model.to(device)
         vlm = cls(model, processor, name)
-        vlm.folder = folder
+        vlm.folder, vlm.digests = folder, digests
         vlm._check_processor()
         return vlm
 
@@ -108,6 +110,10 @@ class VLM:
     def _check_processor(self) -> None:
         """InputError if the processor does not fit the weights, as one of another checkpoint."""
         where, question = f"the tokenizer or processor of {self.folder}", "What is it?"
+        with boundary(
+            f"chat_template.jinja, or another chat template of {self.folder},", base.REMEDY
+        ):
+            self._render(question)
         with boundary(where, base.REMEDY):
             prompt = self.prompt(question)
             ids = (*prompt.before, *prompt.after, *self.response_ids(question))
@@ -129,25 +135,15 @@ class VLM:
                     f"{base.REMEDY}"
                 )
 
-    def base_digests(self) -> dict[str, str]:
-        """File name -> SHA-256 of the base VLM's files; empty if it was not loaded from files."""
-        if self.folder is None:
-            return {}
-        with boundary(self.folder, base.REMEDY):
-            return {path.name: file_sha256(path) for path in base.files(self.folder)}
-
     def check_base(self, expected: Mapping[str, str], checkpoint: Path) -> None:
         """InputError names the files of the base VLM that are not those of `expected`."""
-        if self.folder is None or not expected:
-            return
-        found = self.base_digests()
-        names = sorted({*found, *expected})
-        other = [str(self.folder / name) for name in names if found.get(name) != expected.get(name)]
-        if other:
+        names = sorted({*self.digests, *expected})
+        other = [name for name in names if self.digests.get(name) != expected.get(name)]
+        if other and expected:
             raise InputError(
                 f"the base VLM {self.name!r} has changed since {checkpoint} was tuned on it: "
-                f"{listed(other)}; its answers would change: restore these files, or tune the "
-                "model again"
+                f"{listed(other)} in {self.folder}; its answers would change: restore these files, "
+                "or tune the model again"
             )
 
     @property
