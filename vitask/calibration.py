@@ -1,11 +1,13 @@
 """Temperature scaling, thresholds and abstention, all fitted on the val split."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vitask.data.spec import Dataset
+from vitask.errors import InputError
 from vitask.prompts import Candidates
 
 if TYPE_CHECKING:
@@ -26,6 +28,16 @@ class Calibration:
 
     temperature: float
     threshold: float | None = None
+
+    @classmethod
+    def of_json(cls, fields: Mapping[str, Any]) -> "Calibration":
+        """What `asdict` wrote; ValueError for other numbers than a fit can give."""
+        found = cls(**fields)
+        if not 0 < found.temperature < float("inf"):
+            raise InputError(f"temperature is {found.temperature!r}; expected a number above 0")
+        if found.threshold is not None and not 0 <= found.threshold <= 1:
+            raise InputError(f"threshold is {found.threshold!r}; expected a probability")
+        return found
 
 
 def calibrate(val: "Prediction", dataset: Dataset, known: Candidates) -> Calibration:

@@ -1,14 +1,17 @@
-"""Files that are whole or absent, and what may be deleted: only what carries our mark."""
+"""Files that are whole or absent, and what may be deleted: only what we made."""
 
+import ctypes
 import hashlib
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import mkdtemp
 
 from vitask.errors import InputError
 
 PART = ".vitask-part"  # ends the names of what is being written, and of nothing else
+HERE, EXCHANGE = -100, 2  # of renameat2: paths as they are; exchange the two
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,6 +73,59 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path)
+
+
+def put_folder(new: Path, place: Path) -> None:
+    """Move a whole folder to `place`; the folder that is there is deleted afterwards.
+
+    On Linux the two are exchanged in one step, so a kill at any moment leaves a whole folder at
+    `place`. A file system that cannot do this has the older one beside it for a moment, as a part.
+    """
+    older = new
+    if not place.exists():
+        os.replace(new, place)
+    elif not _exchanged(new, place):
+        older = part_folder(place.parent, place.name)
+        os.replace(place, older)
+        try:
+            os.replace(new, place)
+        except OSError:
+            os.replace(older, place)
+            raise
+    remove(older)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two paths change their names, where the system can."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
+
+
+def told_apart(folder: Path, names: Collection[str]) -> tuple[list[Path], list[Path]]:
+    """What a folder holds: (files of these names, everything else); links are not followed.
+
+    names: relative, as "adapter/README.md". A folder that holds such files only is given whole.
+    """
+    ours, others = [], []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            start = f"{path.name}/"
+            below = {name.removeprefix(start) for name in names if name.startswith(start)}
+            inner = told_apart(path, below) if below else ([], [path])
+            ours += inner[0] if inner[1] else [path]
+            others += inner[1]
+        else:
+            (ours if path.name in names else others).append(path)
+    return ours, others
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Relative name -> SHA-256 of every file in a folder and below it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def file_sha256(path: Path) -> str:

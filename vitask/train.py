@@ -19,7 +19,8 @@ from kernels import VITaskLosses
 from vitask.batches import Batch, make_batches
 from vitask.branches import BatchInputs, three_forwards
 from vitask.calibration import calibrate
-from vitask.checkpoint import Task, VITask
+from vitask.card import Task
+from vitask.checkpoint import VITask
 from vitask.data.spec import Dataset
 from vitask.errors import Diverged, InputError
 from vitask.exemplar import ExemplarConnector, feature_kind

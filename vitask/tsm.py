@@ -4,7 +4,6 @@ A timm model with a shared head. A sample's loss is over the classes of its data
 features become exemplar tokens (vitask/exemplar.py).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,18 +15,23 @@ import numpy as np
 import timm
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
+from vitask.card import TSM_FILES
 from vitask.data.spec import Dataset, DatasetSpec
-from vitask.errors import InputError
+from vitask.errors import InputError, boundary, intact
+from vitask.files import file_sha256, write_bytes
 from vitask.names import canonical
 from vitask.recipes import Recipe
+from vitask.sealed import Fields, check_files, write_sealed
 from vitask.validation import OnEpoch, decide, ignore, macro_f1
+from vitask.weights import read_tensors
 
 FEATURES = ("cls", "all")
+REMEDY = "copy the saved model again, or train it again"
 
 
 @dataclass(frozen=True)
@@ -158,20 +162,37 @@ class TSM(nn.Module):
         return done.numpy()
 
     def save(self, folder: Path) -> None:
-        """Write `tsm.safetensors` and `tsm.json` into an existing folder."""
+        """Write `tsm.safetensors`, and `tsm.json` with its SHA-256, into an existing folder."""
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(state, folder / "tsm.safetensors")
         spans = {name: [span.start, span.stop] for name, span in self.spans.items()}
         card = {"name": self.name, "size": self.size, "heads": spans}
-        (folder / "tsm.json").write_text(json.dumps(card, indent=1) + "\n", "utf-8")
+        with boundary(folder, "free space there, or name a folder that can be written"):
+            write_bytes(folder / TSM_FILES[1], save(state))
+            write_sealed(
+                folder / TSM_FILES[0],
+                card | {"files": {TSM_FILES[1]: file_sha256(folder / TSM_FILES[1])}},
+            )
 
     @classmethod
     def load(cls, folder: Path) -> "TSM":
-        """The model that `save` wrote, frozen, on the CPU."""
-        card = json.loads((folder / "tsm.json").read_text("utf-8"))
-        spans = {name: Head(*span) for name, span in card["heads"].items()}
-        model = cls(card["name"], spans, card["size"])
-        model.load_state_dict(load_file(folder / "tsm.safetensors"))
+        """The model that `save` wrote, frozen, on the CPU.
+
+        Damaged names a file that is missing, cut, changed or exchanged, and the fields or tensors
+        that do not fit. Files of earlier versions have no SHA-256.
+        """
+        card = Fields(folder / TSM_FILES[0], REMEDY)
+        if "files" in card.values:
+            card.check_seal()
+            check_files(folder, card.digests("files"), REMEDY)
+        name, size, spans = card.of("name", str), card.of("size", int), {}
+        with intact(f"{card.path}: heads", REMEDY):
+            for head, (start, stop) in card.of("heads", dict).items():
+                if not (type(start) is type(stop) is int and 0 <= start < stop):
+                    raise InputError(f"{head} is {[start, stop]}; expected a span of outputs")
+                spans[head] = Head(start, stop)
+        with intact(card.path, REMEDY):
+            model = cls(name, spans, size)
+        model.load_state_dict(read_tensors(folder / TSM_FILES[1], REMEDY, model.state_dict()))
         return model.eval().requires_grad_(False)
 
 

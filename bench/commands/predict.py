@@ -43,8 +43,8 @@ def predict_folder(
     exemplar: None means with exemplar if the model was tuned with one
     batch_size: None means the recipe's score_batch_size
     """
-    recipe, specs = read_card(checkpoint)
-    name = _chosen(dataset, list(specs))
+    card = read_card(checkpoint)
+    recipe, name = card.recipe, _chosen(dataset, list(card.tasks))
     exemplar = recipe.exemplar if exemplar is None else exemplar
     if exemplar and not (checkpoint / "tsm.json").is_file():
         raise UnknownName(f"{checkpoint} has no task-specific model: give --no-exemplar")

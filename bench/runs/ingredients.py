@@ -26,7 +26,7 @@ LEFT_OUT = tuple(
         *("vitask/data/looks", "vitask/data/medmnist", "vitask/data/phantom"),
         # these compute no number
         *("bench/errors", "vitask/files", "bench/runs/ingredients", "bench/runs/keys"),
-        *("bench/runs/models", "vitask/memory"),
+        *("bench/runs/models", "vitask/base", "vitask/memory", "vitask/sealed", "vitask/weights"),
     )
 )
 # Not decided by these: the name is a label, data enter by content, memory moves features only.

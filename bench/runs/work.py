@@ -19,7 +19,8 @@ from bench.runs.keys import key
 from bench.runs.models import kept
 from bench.suite import Outcome, Suite, Training
 from vitask.calibration import calibrate
-from vitask.checkpoint import Task, VITask
+from vitask.card import Task
+from vitask.checkpoint import VITask
 from vitask.data.spec import Dataset
 from vitask.data.subset import fraction
 from vitask.decision import rounded
@@ -250,7 +251,7 @@ class Work:
         place = self.folder / "checkpoints"
         model, note = kept(
             place, f"{self.prefix}{training.name}-seed{self.seed}", key(ingredients), self.suite,
-            prepare, save, load,
+            prepare, save, load, say=self.progress.note,
         )  # fmt: skip
         note["found"] = note["found"] and note["key"] not in self._used  # counted once
         self._used.add(note["key"])

@@ -18,7 +18,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from vitask.checkpoint import Task, VITask
+from vitask.card import Task
+from vitask.checkpoint import VITask
 from vitask.data import load
 from vitask.data.images import read_image
 from vitask.exemplar import ExemplarConnector
@@ -296,10 +297,10 @@ def test_a_lost_exemplar_is_an_error(models, images, tmp_path, no_model):
 def test_another_format_is_refused(models, images, tmp_path):
     shutil.copytree(models / "one", tmp_path / "later")
     card = json.loads((models / "one" / "vitask.json").read_text())
-    (tmp_path / "later" / "vitask.json").write_text(json.dumps(card | {"format": 3}))
+    (tmp_path / "later" / "vitask.json").write_text(json.dumps(card | {"format": 4}))
     done = predict(tmp_path / "later", images, "--output", tmp_path / "answers.csv")
     assert done.exit_code == 1
-    assert "has format 3" in done.output
+    assert "has format 4" in done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "later"]
 
 

@@ -250,7 +250,7 @@ def test_a_checkpoint_of_format_1_loads_and_a_newer_one_says_what_to_do(
     folder = tmp_path / "checkpoint"
     model.save_pretrained(folder)
     card = json.loads((folder / "vitask.json").read_text())
-    assert card["format"] == 2
+    assert card["format"] == 3
     sources = card["recipe"].pop("sources")
     old = {f"{s}_{k}": given[k] for s, given in sources.items() for k in OLD_FIELDS}
     card["recipe"] |= old | {"phantom_samples": sources["phantom"]["samples"]}
@@ -259,8 +259,8 @@ def test_a_checkpoint_of_format_1_loads_and_a_newer_one_says_what_to_do(
     assert loaded.recipe == model.recipe
     images = tiny_datasets["two"].splits["test"].images
     assert (loaded.predict("two", images) == model.predict("two", images)).all()
-    (folder / "vitask.json").write_text(json.dumps(card | {"format": 3}))
-    with pytest.raises(ValueError, match=r"format 3; .*formats 1 to 2.*[Uu]pdate VITask"):
+    (folder / "vitask.json").write_text(json.dumps(card | {"format": 4}))
+    with pytest.raises(ValueError, match=r"format 4; .*formats 1 to 3.*[Uu]pdate VITask"):
         VITask.from_pretrained(folder)
 
 
