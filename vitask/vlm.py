@@ -266,13 +266,13 @@ class VLM:
 
     def special_token(self, text: str) -> str | None:
         """A special token in a text, which the model would not see as letters; None if none is."""
-        if found := next((t for t in (*self._special.values(), *MARKS) if t in text), None):
+        if found := next((t for t in (*self.special.values(), *MARKS) if t in text), None):
             return found
-        found_ids = (i for i in self._ids(text) if i in self._special)  # a normaliser may make one
-        return next((self._special[i] for i in found_ids), None)
+        found_ids = (i for i in self._ids(text) if i in self.special)  # a normaliser may make one
+        return next((self.special[i] for i in found_ids), None)
 
     @cached_property
-    def _special(self) -> dict[int, str]:
+    def special(self) -> dict[int, str]:
         """The tokenizer's special tokens by id, but for the one of unknown characters."""
         tokenizer = self.processor.tokenizer
         return {

@@ -1,5 +1,6 @@
 """Where a VLM and its datasets meet: what the tokenizer cannot carry is refused first."""
 
+import json
 from copy import copy
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from vitask.features import Features
 from vitask.names import canonical
 from vitask.prompts import answer, candidates, instruction, response
 from vitask.recipes import POCKET, vanilla
+from vitask.sealed import write_sealed
 from vitask.texts import check_texts
 from vitask.train import TrainingSet, tune
 from vitask.vlm import VLM
@@ -116,7 +118,8 @@ def test_scoring_and_a_read_checkpoint_refuse_too(tiny, tmp_path):
     tiny.add_lora(rank=2, alpha=2, dropout=0.0)
     VITask(tiny, recipe, good).save_pretrained(tmp_path / "model")
     card = tmp_path / "model" / "vitask.json"
-    card.write_text(card.read_text("utf-8").replace("better", "<img>"), "utf-8")
+    fields = json.loads(card.read_text("utf-8").replace("better", "<img>"))
+    write_sealed(card, {name: value for name, value in fields.items() if name != "sha256"})
     with pytest.raises(ValueError, match="'own': class '<img>' has"):
         VITask.from_pretrained(tmp_path / "model")
 
