@@ -25,7 +25,13 @@ LEFT_OUT = tuple(
         *("vitask/data/archive", "vitask/data/card", "vitask/data/external", "vitask/data/loading"),
         *("vitask/data/looks", "vitask/data/medmnist", "vitask/data/phantom"),
         # these compute no number
-        *("bench/errors", "vitask/files", "bench/runs/ingredients", "bench/runs/keys"),
+        *(
+            "bench/errors",
+            "vitask/errors",
+            "vitask/files",
+            "bench/runs/ingredients",
+            "bench/runs/keys",
+        ),
         *("bench/runs/models", "vitask/base", "vitask/memory", "vitask/sealed", "vitask/weights"),
     )
 )
