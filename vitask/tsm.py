@@ -6,13 +6,11 @@ features become exemplar tokens (vitask/exemplar.py).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 import accelerate
 import numpy as np
-import timm
 import torch
 from jaxtyping import Float
 from safetensors.torch import save
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
+from vitask.backbone import build, check, check_alone, check_kind, colours
 from vitask.card import TSM_FILES
 from vitask.data.spec import Dataset, DatasetSpec
 from vitask.errors import InputError, boundary, intact
@@ -30,7 +29,6 @@ from vitask.sealed import Fields, check_files, write_sealed
 from vitask.validation import OnEpoch, decide, ignore, macro_f1
 from vitask.weights import read_tensors
 
-FEATURES = ("cls", "all")
 REMEDY = "copy the saved model again, or train it again"
 
 
@@ -69,28 +67,24 @@ def heads(specs: Sequence[DatasetSpec]) -> dict[str, Head]:
 class TSM(nn.Module):
     """A timm backbone with a shared head.
 
-    name:  timm's name of the model; ValueError for an unknown one
+    name:  timm's name of the model, with or without a tag
     spans: outputs of each head, from `heads`
     size:  side in pixels to which images are resized
+
+    InputError for an unknown name, a size that the model cannot take, and pretrained weights that
+    do not exist or cannot be loaded.
     """
 
     def __init__(
         self, name: str, spans: dict[str, Head], size: int, *, pretrained: bool = False
     ) -> None:
         super().__init__()
-        if not timm.is_model(name):
-            near = get_close_matches(name, timm.list_models(), n=4)
-            asked = f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models()"
-            raise InputError(f"timm has no model {name!r}{asked}")
         classes = max(span.stop for span in spans.values())
-        # Models with a fixed grid (ViT, hybrids) need the size; the others take any.
-        config = timm.get_pretrained_cfg(name)
-        extra = {"img_size": size} if config is not None and config.fixed_input_size else {}
-        self.backbone = timm.create_model(name, pretrained=pretrained, num_classes=classes, **extra)
+        self.found = check(name, size, pretrained=pretrained)
+        self.backbone = build(self.found, classes, pretrained=pretrained)
         self.name, self.spans, self.size = name, spans, size
-        colours = self.backbone.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(colours["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(colours["std"]).view(3, 1, 1), persistent=False)
+        for which, values in zip(("mean", "std"), colours(self.backbone), strict=True):
+            self.register_buffer(which, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def pixels(self, images: np.ndarray) -> Float[Tensor, "images 3 size size"]:
         """uint8 (n, h, w[, 3]) -> normalised float32 of this size; grey becomes RGB."""
@@ -114,9 +108,9 @@ class TSM(nn.Module):
         return self(pixels)[:, span.start : span.stop]
 
     def feature_size(self, kind: str = "cls") -> int:
-        """Width of the features; some models have another layer before `cls`."""
-        width = self.backbone.num_features
-        return width if kind == "all" else getattr(self.backbone, "head_hidden_size", width)
+        """Width of the features; InputError where the model has none of this kind."""
+        check_kind(kind)
+        return self.found.layout().width if kind == "all" else self.found.width
 
     @torch.no_grad()
     def features(
@@ -126,25 +120,20 @@ class TSM(nn.Module):
 
         cls: (images, features), the classifier's input: the class token if the model classifies
              from one, else the pooled feature
-        all: (images, tokens, features), the last feature map without prefix tokens
+        all: (images, tokens, features), the last feature map without prefix tokens; InputError
+             where the model gives no single map
         """
-        if kind not in FEATURES:
-            raise InputError(f"features {kind!r}; expected one of {', '.join(FEATURES)}")
+        self.feature_size(kind)
         self.eval()
         done = []
         for i in range(0, len(images), batch_size):
             maps = self.backbone.forward_features(self.pixels(images[i : i + batch_size]))
             if kind == "cls":
                 maps = self.backbone.forward_head(maps, pre_logits=True)
-            done.append((maps if kind == "cls" else self._patches(maps)).float().cpu())
+            else:
+                maps = self.found.layout().tokens(maps)
+            done.append(maps.float().cpu())
         return torch.cat(done)
-
-    def _patches(self, maps: Tensor) -> Float[Tensor, "images tokens features"]:
-        if maps.ndim == 3:  # (images, prefix + tokens, features)
-            return maps[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
-        if maps.shape[1] == self.feature_size("all"):  # NCHW
-            return maps.flatten(2).transpose(1, 2)
-        return maps.flatten(1, 2)  # NHWC
 
     @torch.no_grad()
     def log_probabilities(
@@ -196,6 +185,31 @@ class TSM(nn.Module):
         return model.eval().requires_grad_(False)
 
 
+def check_tsm(
+    name: str,
+    size: int,
+    kind: str = "cls",
+    *,
+    pretrained: bool = False,
+    batch_size: int = 2,
+    images: int = 2,
+) -> None:
+    """InputError unless a TSM of this model can be trained and gives these features.
+
+    Before anything is trained: it takes a second or so, little memory and no network. A refusal
+    takes longer, because sizes that work are looked for.
+
+    name, size: timm's name, and the side of its input in pixels
+    kind:       its features: cls | all; vitask.exemplar.feature_kind says which a variant needs
+    pretrained: whether weights are wanted; whether the hub can be reached is not tried
+    batch_size: images per training step
+    images:     all training images
+    """
+    check(name, size, kind, pretrained=pretrained)
+    if min(batch_size, images) == 1:
+        check_alone(name, size)
+
+
 def train_tsm(
     datasets: Mapping[str, Dataset], recipe: Recipe, seed: int, *, on_epoch: OnEpoch = ignore
 ) -> tuple[TSM, list[dict[str, float]]]:
@@ -203,8 +217,16 @@ def train_tsm(
 
     Returns the frozen model and the validation curve: for each epoch the macro-F1 of each
     dataset's val split, their "mean", and "loss", the mean training loss in nats. The same seed
-    on the same machine gives the same model.
+    on the same machine gives the same model. InputError, before training, for a model that
+    `check_tsm` refuses.
     """
+    check_tsm(
+        recipe.tsm,
+        recipe.tsm_image_size,
+        pretrained=recipe.tsm_pretrained,
+        batch_size=recipe.tsm_batch_size,
+        images=sum(len(dataset.splits["train"]) for dataset in datasets.values()),
+    )
     accelerate.utils.set_seed(seed)
     accelerator = accelerate.Accelerator()
     specs = {name: dataset.spec for name, dataset in datasets.items()}
@@ -251,6 +273,7 @@ def train_tsm(
         if curve[-1]["mean"] > max((c["mean"] for c in curve[:-1]), default=-1.0):
             best = {name: value.detach().clone() for name, value in model.state_dict().items()}
         on_epoch("tsm", epoch + 1, recipe.tsm_epochs)
+    model.train()  # some models cache what they compute from weights, until they train again
     model.load_state_dict(best)
     return model.eval().requires_grad_(False), curve
 
