@@ -10,7 +10,7 @@ from typing import Any
 from bench.runs import ingredients as of
 from bench.runs.environment import versions
 from bench.runs.records import Record
-from bench.runs.work import SCORED_IMAGE, images_of, training_units
+from bench.runs.work import SCORED_IMAGE, check_models, images_of, training_units
 from bench.suite import Suite, suite
 from vitask.data import load
 from vitask.data.check import torn_groups
@@ -111,6 +111,11 @@ class Job:
             loaded[key] = plan.datasets()
         datasets = loaded[key]
         return cls(suite, plan, datasets, suite.evaluated(plan, datasets))
+
+    def check_models(self, checked: set[Any]) -> None:
+        """InputError for a model that cannot be used; `checked`: by earlier suites of a run."""
+        models = self.suite.models(self.plan.recipe)
+        check_models(models, images_of(self.datasets), checked)
 
     @property
     def units(self) -> float:

@@ -31,7 +31,7 @@ from vitask.recipes import Recipe, vanilla
 from vitask.score import Prediction
 from vitask.selfcheck import check_image_sensitivity
 from vitask.train import tune
-from vitask.tsm import TSM, train_tsm
+from vitask.tsm import TSM, check_tsm, train_tsm
 from vitask.vlm import VLM
 
 if TYPE_CHECKING:
@@ -359,6 +359,36 @@ class Work:
             self.progress.advance(cost, f"{self.suite}: {where}", finished=epoch == epochs)
 
         return on_epoch
+
+
+def check_models(models: Mapping[str, Training], images: int, checked: set[Any]) -> None:
+    """InputError for a base VLM or TSM that cannot be used, before anything is trained.
+
+    models: of a suite, by its names; images: all training images; checked: what earlier suites
+    asked, so that nothing is tried twice
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for training in models.values():
+        recipe, kind = training.recipe, "cls"
+        if training.kind == "vlm":
+            vlm = (recipe.vlm, recipe.precision)
+            if vlm not in checked:
+                VLM.check(recipe.vlm, dtype=getattr(torch, recipe.precision), device=device)
+                checked.add(vlm)
+            if not recipe.exemplar or training.tsm not in models:
+                continue
+            kind, recipe = feature_kind(recipe.variant), models[training.tsm].recipe
+        size, pretrained, batch = (
+            recipe.tsm_image_size,
+            recipe.tsm_pretrained,
+            recipe.tsm_batch_size,
+        )
+        tsm = (recipe.tsm, size, kind, pretrained, min(batch, images) == 1)
+        if tsm not in checked:
+            check_tsm(
+                recipe.tsm, size, kind, pretrained=pretrained, batch_size=batch, images=images
+            )
+            checked.add(tsm)
 
 
 def classified(tsm: TSM, name: str, images: np.ndarray, dataset: Dataset) -> Prediction:
