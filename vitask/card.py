@@ -17,6 +17,8 @@ def read_card(checkpoint: Path) -> tuple[Recipe, dict[str, DatasetSpec]]:
         fields = json.loads(card.read_text(encoding="utf-8"))
         specs = {name: DatasetSpec.of_json(task["spec"]) for name, task in fields["tasks"].items()}
         return Recipe.of_json(fields["recipe"]), specs
+    except InputError as error:  # it says what to do
+        raise InputError(f"{card}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = f"{card} is damaged or of another version ({error!r}): copy or train it again"
         raise InputError(text) from error
