@@ -99,6 +99,10 @@ class Work:
         """Instruction and candidates of each dataset."""
         return {name: Task.of(dataset) for name, dataset in self.everything.items()}
 
+    def check_texts(self) -> None:
+        """ValueError, before anything is trained, for a text that the VLM cannot carry."""
+        assert self.untuned.tasks  # made from the VLM and all tasks, so checked there
+
     @property
     def everything(self) -> dict[str, Dataset]:
         """Datasets that are trained on or tested on."""
@@ -141,6 +145,7 @@ class Work:
         cost = TSM_SAMPLE * images_of(self.datasets) * training.share * planned
 
         def train() -> tuple[TSM, Any]:
+            self.check_texts()
             on_epoch = self._on_epoch(cost, training)
             model, curve = train_tsm(datasets, recipe, self.seed, on_epoch=on_epoch)
             found = {}
