@@ -127,6 +127,8 @@ def run_plan(
             continue
         try:
             jobs.append(Job.of(of, own, loaded))
+            for text in jobs[-1].notes:
+                note(text)
         except Exception as error:  # of one suite's own data, perhaps
             if len(wanted) == 1:
                 raise

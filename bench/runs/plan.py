@@ -113,6 +113,12 @@ class Job:
         return cls(suite, plan, datasets, suite.evaluated(plan, datasets))
 
     @property
+    def notes(self) -> list[str]:
+        """What was done to the files of the data, for the user."""
+        everything = self.datasets | self.evaluated
+        return [f"{name}: {text}" for name, found in everything.items() for text in found.notes]
+
+    @property
     def units(self) -> float:
         """One seed's training and scoring, in samples of vanilla tuning."""
         models = self.suite.models(self.plan.recipe).values()
