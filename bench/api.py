@@ -129,6 +129,8 @@ def run_plan(
         try:
             job = Job.of(of, own, loaded)
             job.check_models(checked)
+            for text in job.notes:
+                note(text)
             jobs.append(job)
         except Exception as error:  # of one suite's own data, perhaps
             if len(wanted) == 1:

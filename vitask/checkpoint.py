@@ -29,6 +29,7 @@ from vitask.card import (
     read_card,
     write_card,
 )
+from vitask.data.images import check_images, resize_images, unmistakable
 from vitask.errors import Damaged, InputError, boundary
 from vitask.exemplar import ExemplarConnector, feature_kind, image_and_exemplar
 from vitask.files import part_folder, put_folder, remove
@@ -91,12 +92,16 @@ class VITask:
     ) -> Float[np.ndarray, "images candidates"]:
         """Probability of each candidate, in the order of `tasks[dataset].candidates`.
 
-        images:   uint8 (n, h, w) or (n, h, w, 3)
+        images:   uint8 (n, side, side) or (n, side, side, 3), of the recipe's source_size; colour
+            becomes grey where the dataset is, so that answers equal those to files
         exemplar: whether the TSM's exemplar is in the prompt; None: if the model has a TSM
 
-        At the temperature that was fitted on the val split, if the model has one. ValueError for
-        an unknown dataset, and for an exemplar without a TSM.
+        At the temperature that was fitted on the val split, if the model has one. InputError for
+        an unknown dataset, other images, and for an exemplar without a TSM.
         """
+        channels, side = self._task(dataset).spec.n_channels, self.recipe.source_size
+        if check_images(images, side=side, channels=channels).ndim == 4 and channels == 1:
+            images = unmistakable(resize_images(images, side, channels=1))
         scores = self.score(dataset, self.image_tokens(images, exemplar=exemplar))
         return self.probability(dataset, scores, exemplar=exemplar)
 
@@ -117,7 +122,11 @@ class VITask:
     def image_tokens(
         self, images: np.ndarray, *, exemplar: bool | None = None
     ) -> Float[Tensor, "images tokens hidden"]:
-        """The tokens at the image's place in the prompt, with or without exemplar tokens."""
+        """The tokens at the image's place in the prompt, with or without exemplar tokens.
+
+        images: uint8 (n, side, side) or (n, side, side, 3), of the recipe's source_size
+        """
+        check_images(images, side=self.recipe.source_size)
         wanted = self.tsm is not None if exemplar is None else exemplar
         image = self.vlm.image_features(images)
         if not wanted:

@@ -20,6 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from vitask.backbone import build, check, check_alone, check_kind, colours
 from vitask.card import TSM_FILES
+from vitask.data.images import check_images, unmistakable
 from vitask.data.spec import Dataset, DatasetSpec
 from vitask.errors import InputError, boundary, intact
 from vitask.files import file_sha256, write_bytes
@@ -87,7 +88,14 @@ class TSM(nn.Module):
             self.register_buffer(which, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def pixels(self, images: np.ndarray) -> Float[Tensor, "images 3 size size"]:
-        """uint8 (n, h, w[, 3]) -> normalised float32 of this size; grey becomes RGB."""
+        """Normalised float32 of this size; grey becomes RGB.
+
+        images: uint8 (n, side, side) or (n, side, side, 3); InputError for others, see
+            `check_images`
+        """
+        return self._normalised(check_images(images))
+
+    def _normalised(self, images: np.ndarray) -> Float[Tensor, "images 3 size size"]:
         rgb = images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=-1)
         tensor = torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
         tensor = tensor.to(self.mean.device).float() / 255
@@ -124,10 +132,11 @@ class TSM(nn.Module):
              where the model gives no single map
         """
         self.feature_size(kind)
+        check_images(images)
         self.eval()
         done = []
         for i in range(0, len(images), batch_size):
-            maps = self.backbone.forward_features(self.pixels(images[i : i + batch_size]))
+            maps = self.backbone.forward_features(self._normalised(images[i : i + batch_size]))
             if kind == "cls":
                 maps = self.backbone.forward_head(maps, pre_logits=True)
             else:
@@ -139,11 +148,15 @@ class TSM(nn.Module):
     def log_probabilities(
         self, images: np.ndarray, spec: DatasetSpec, batch_size: int = 256
     ) -> np.ndarray:
-        """float64 (images, classes), in nats: log-softmax, or log-sigmoid for multi-label."""
+        """float64 (images, classes), in nats: log-softmax, or log-sigmoid for multi-label.
+
+        images: of the dataset that `spec` describes, uint8 (n, side, side) or (n, side, side, 3)
+        """
+        check_images(unmistakable(images) if spec.n_channels == 1 else images)
         self.eval()
         logits = torch.cat(
             [
-                self.logits(self.pixels(images[i : i + batch_size]), spec.head).double().cpu()
+                self.logits(self._normalised(images[i : i + batch_size]), spec.head).double().cpu()
                 for i in range(0, len(images), batch_size)
             ]
         )
@@ -236,7 +249,10 @@ def train_tsm(
         recipe.tsm_image_size,
         pretrained=recipe.tsm_pretrained,
     ).to(accelerator.device)
-    pixels = {name: model.pixels(d.splits["train"].images) for name, d in datasets.items()}
+    pixels = {
+        name: model.pixels(unmistakable(dataset.splits["train"].images))
+        for name, dataset in datasets.items()
+    }
     labels = {name: torch.from_numpy(d.splits["train"].labels) for name, d in datasets.items()}
     sample = [(name, i) for name, d in datasets.items() for i in range(len(d.splits["train"]))]
     rng = np.random.default_rng(seed)

@@ -20,6 +20,7 @@ from transformers import AutoProcessor, InternVLForConditionalGeneration, Intern
 
 from vitask import adapter, base
 from vitask.card import REMEDY
+from vitask.data.images import check_images
 from vitask.errors import InputError, boundary
 from vitask.names import canonical
 from vitask.sealed import listed
@@ -202,13 +203,12 @@ class VLM:
     def pixel_values(self, images: np.ndarray) -> Float[Tensor, "images 3 height width"]:
         """The checkpoint's image processor: resize to one tile, normalise. Grey becomes RGB.
 
-        ValueError for images of another dtype or shape than uint8 (n, h, w[, 3]).
+        images: uint8 (n, side, side) or (n, side, side, 3); InputError for others, see
+            `check_images`
         """
-        if images.dtype != np.uint8 or images.ndim not in (3, 4):
-            raise InputError(
-                f"images have dtype {images.dtype} and shape {images.shape}; "
-                "expected uint8 of shape (n, height, width) or (n, height, width, 3)"
-            )
+        return self._normalised(check_images(images))
+
+    def _normalised(self, images: np.ndarray) -> Float[Tensor, "images 3 height width"]:
         rgb = images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=-1)
         tensor = torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
         done = self.processor.image_processor(
@@ -217,8 +217,9 @@ class VLM:
         return done["pixel_values"]
 
     def _batches(self, images: np.ndarray, batch_size: int) -> "Sequence[Tensor]":
+        check_images(images)
         return [
-            self.pixel_values(images[i : i + batch_size]).to(self.device, self.dtype)
+            self._normalised(images[i : i + batch_size]).to(self.device, self.dtype)
             for i in range(0, len(images), batch_size)
         ]
 

@@ -7,6 +7,7 @@ the model in batches and rows are written as they come, so memory does not grow 
 import csv
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ import typer
 
 from bench.commands.cli import UnknownName
 from vitask.card import read_card
-from vitask.data.images import image_files, read_image
+from vitask.data.images import image_files, notes, read_image, unmistakable
 from vitask.errors import boundary
 from vitask.files import check_destination, part_of
 
@@ -38,7 +39,7 @@ def predict_folder(
     """Write the CSV to `output` (None: standard output); return the number of unreadable images.
 
     Images are resized to the recipe's source size without cropping, in colour or grey as the
-    dataset has them.
+    dataset has them. Standard error says which files are skipped and what the reader did.
 
     exemplar: None means with exemplar if the model was tuned with one
     batch_size: None means the recipe's score_batch_size
@@ -114,6 +115,7 @@ def _write(
 ) -> int:
     """The header, and batch by batch a row for each image; returns how many were unreadable."""
     spec, texts = model.tasks[name].spec, model.tasks[name].candidates.texts
+    side, done = model.recipe.source_size, Counter[str]()
     # on the face of everything that phantom data made
     mark = {"trained_on": "PHANTOM data"} if "vitask/data/phantom.py" in spec.source else {}
     table = csv.writer(file, lineterminator="\n")
@@ -124,12 +126,13 @@ def _write(
         batch, images, rows = files[start : start + size], {}, {}
         for path in batch:
             try:
-                images[path] = read_image(folder / path, model.recipe.source_size, spec.n_channels)
+                images[path] = read_image(folder / path, side, spec.n_channels, done=done)
             except ValueError as error:
                 rows[path] = [*("" for _ in mark), "", "", str(error), *("" for _ in texts)]
         unreadable += len(rows)
         if images:
-            tokens = model.image_tokens(np.stack([*images.values()]), exemplar=exemplar)
+            pixels = unmistakable(np.stack([*images.values()]))
+            tokens = model.image_tokens(pixels, exemplar=exemplar)
             scores = model.score(name, tokens)
             probability = model.probability(name, scores, exemplar=exemplar)
             for path, text, p in zip(images, model.write(name, tokens), probability, strict=True):
@@ -139,4 +142,6 @@ def _write(
             cells = [path.as_posix(), *rows[path]]
             table.writerow([cell.encode(errors="backslashreplace").decode() for cell in cells])
         file.flush()  # whoever reads along sees whole batches
+    for text in notes(done):
+        typer.echo(text, err=True)
     return unreadable

@@ -23,7 +23,7 @@ LEFT_OUT = tuple(
     for name in (
         # data enter by their content, not by the code that reads or draws them
         *("vitask/data/archive", "vitask/data/card", "vitask/data/external", "vitask/data/loading"),
-        *("vitask/data/looks", "vitask/data/medmnist", "vitask/data/phantom"),
+        *("vitask/data/looks", "vitask/data/medmnist", "vitask/data/phantom", "vitask/data/images"),
         # these compute no number
         *(
             "bench/errors",

@@ -118,6 +118,12 @@ class Job:
         check_models(models, images_of(self.datasets), checked)
 
     @property
+    def notes(self) -> list[str]:
+        """What was done to the files of the data, for the user."""
+        everything = self.datasets | self.evaluated
+        return [f"{name}: {text}" for name, found in everything.items() for text in found.notes]
+
+    @property
     def units(self) -> float:
         """One seed's training and scoring, in samples of vanilla tuning."""
         models = self.suite.models(self.plan.recipe).values()

@@ -21,6 +21,7 @@ from bench.stats.resampling import interval
 from bench.suite import FOUR, Metric, Outcome, Suite, pick, shown, table
 from vitask.data import corruption as medmnist_c
 from vitask.data.corruption import MARK, base_of, described
+from vitask.data.images import unmistakable
 from vitask.data.spec import Dataset
 from vitask.data.subset import subset
 from vitask.decision import scored
@@ -127,6 +128,7 @@ def _answers(
             spec = work.datasets[base].spec
             work.cache[place] = medmnist_c.corrupted(images, spec, corruption)
         images = work.cache[place]
+    images = unmistakable(images)
     image = vitask.model.vlm.image_features(images)
     features = tsm.model.features(images, vitask.model.feature_kind)
     without, with_ep = vitask.model.score_both(base, image, features)

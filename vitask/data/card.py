@@ -3,7 +3,8 @@
 `<name>.json` holds name, modality, task, label, n_channels, n_samples, license and source, as
 medmnist's INFO does. `<name>.npz` beside it has the images at 28 pixels, or `<name>_224.npz` at
 224. Optional keys of the archive, `train_groups`, `val_groups`, `test_groups`, say which images
-belong together (one patient, one lesion). Other fields of the card are notes.
+belong together (one patient, one lesion); their names stay in the archive. Other fields of the
+card are notes.
 
 A name has letters from a to z, digits, - and _, and starts with a letter or a digit. It differs
 from every other name in more than case. A hidden file, whose name starts with a period, is not a
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vitask.data import medmnist
-from vitask.data.archive import load_file
+from vitask.data.archive import group_pseudonyms, load_file
 from vitask.data.spec import SPLITS, TASKS, Dataset, DatasetSpec
 from vitask.errors import InputError
 from vitask.names import canonical
@@ -143,6 +144,17 @@ def read_card(path: Path) -> DatasetSpec:
 
 def load(name: str, roots: Sequence[Path], *, size: int = 28) -> Dataset:
     """The dataset of a card; no MD5 is official, so `md5` is the file's and `md5_ok` is True."""
+    path, spec = _found(name, roots, size)
+    return load_file(path, spec, size=size, source="card")
+
+
+def groups(name: str, roots: Sequence[Path], *, size: int = 28) -> dict[str, str]:
+    """Name of a group (patient, lesion) -> its digest in records; empty without groups."""
+    return group_pseudonyms(*_found(name, roots, size))
+
+
+def _found(name: str, roots: Sequence[Path], size: int) -> tuple[Path, DatasetSpec]:
+    """The archive of images of this size, and its description."""
     card = find(name, roots)
     path = card.with_name(f"{name}{'' if size == 28 else f'_{size}'}.npz")
     if not path.is_file():
@@ -151,7 +163,7 @@ def load(name: str, roots: Sequence[Path], *, size: int = 28) -> Dataset:
             f"{path} is missing beside its card; found {found or 'no archive'}: add the images of "
             f"{size} pixels, or use a recipe with another source_size"
         )
-    return load_file(path, read_card(card), size=size, source="card")
+    return path, read_card(card)
 
 
 def _cards(roots: Sequence[Path]) -> dict[str, Path]:

@@ -74,8 +74,9 @@ class Split:
 
     images: uint8 (n, h, w) or (n, h, w, 3)
     labels: int64 (n,), or (n, classes) of 0 and 1 for multi-label
-    ids:    str (n,), such as "breastmnist/test/000012": place in the source, equal in every subset
-    groups: str (n,) or None, the patient or lesion, whose images must be in one split
+    ids:    str (n,), equal in every subset, such as "breastmnist/test/000012", the place in the
+            source, or "idrid/test/0c1d2e3f4a5b", a digest of the file's name
+    groups: str (n,) or None, digest of the patient or lesion, whose images must be in one split
     """
 
     images: np.ndarray
@@ -107,6 +108,7 @@ class Dataset:
     source: "medmnist" | "card" | "phantom" | "external"
     md5:    of the file, or for phantom of all images and labels
     md5_ok: False for an official set whose file has another MD5 and was admitted
+    notes:  what the user must know about the reading of its files
     """
 
     spec: DatasetSpec
@@ -115,6 +117,7 @@ class Dataset:
     source: str
     md5: str
     md5_ok: bool
+    notes: tuple[str, ...] = ()
 
     def identity(self, splits: Sequence[str] = SPLITS) -> list[Any]:
         """What decides a model or a score: description and content of some splits.
