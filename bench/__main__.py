@@ -3,7 +3,9 @@
 It only parses. Heavy imports wait until they are needed, so `--help` and `list` answer at once.
 """
 
+import sys
 from collections.abc import Collection, Iterator, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +52,9 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    for stream in (sys.stdout, sys.stderr):  # a locale without "±" stops no command
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if version:
         from importlib.metadata import version as installed
 
@@ -87,7 +92,10 @@ def run(
     `--all` runs the suites that score models; those that measure this machine run by name.
     """
     from vitask.data import SOURCES, spec
+    from vitask.files import check_destination
 
+    if trace is not None:
+        check_destination(trace, "--trace")
     if all_suites == bool(suites):
         raise UnknownName("name the suites to run, or give --all (one of the two)")
     if resume and fresh:
@@ -285,16 +293,15 @@ def compare(
 
     Images are paired by id. An argument that is a folder with a run.json is a run.
     """
-    from bench.api import check_out
     from bench.commands import compare as comparison
     from bench.commands.show import frame_text
     from bench.runs.sets import read_manifest
     from bench.suite import suite as suite_of
-    from vitask.files import write_text
+    from vitask.files import check_destination, write_text
 
     check_known("suite", suite, SUITES)
     if csv is not None:
-        check_out(csv.parent)
+        check_destination(csv, "--csv")
     given = [(Path(one) / "run.json").is_file() for one in (first, second)]
     if any(given) and not all(given):
         other = second if given[0] else first
@@ -318,7 +325,8 @@ def compare(
             frame = comparison.compare_methods(folder, suite, first, second)
             frames[f"{folder}: {first} against {second}"] = frame
     for title, frame in frames.items():
-        shown = comparison.chosen(frame, suite_of(suite), split_names(metric), split_names(dataset))
+        metrics = split_names(metric, frame["metric"].unique())
+        shown = comparison.chosen(frame, suite_of(suite), metrics, split_names(dataset))
         frames[title] = shown
         typer.echo(f"{title}\n{frame_text(shown)}")
     if csv is not None:

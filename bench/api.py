@@ -117,8 +117,9 @@ def run_plan(
     check_out(plan.out, plan.folder)
     logging.disable_progress_bar()  # one progress display is enough: ours
     done = Run(plan.folder)
-    jobs: list[Job] = []  # all data are checked before anything runs
+    jobs: list[Job] = []  # all data and models are checked before anything runs
     loaded: dict[Any, Any] = {}  # data that suites share
+    checked: set[Any] = set()  # their models
     for name in wanted:
         of = suite(name)
         own = sized(plan, of)
@@ -126,7 +127,11 @@ def run_plan(
             note(f"{name} is left out: {lacks}")
             continue
         try:
-            jobs.append(Job.of(of, own, loaded))
+            job = Job.of(of, own, loaded)
+            job.check_models(checked)
+            for text in job.notes:
+                note(text)
+            jobs.append(job)
         except Exception as error:  # of one suite's own data, perhaps
             if len(wanted) == 1:
                 raise

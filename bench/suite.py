@@ -6,7 +6,8 @@ page. Suites are found by their file, and imported when they run.
 """
 
 import ast
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -84,8 +85,18 @@ ECE = Metric(
     lower_is_better=True, biased=True,
 )  # fmt: skip
 QWK = Metric("qwk", "Quadratic weighted kappa", averaged=False)
+OF_TWO_CLASSES = (  # the positive class is label 1, as in AUC
+    Metric(
+        "sensitivity", "Sensitivity at the threshold chosen on validation data (class of label 1)",
+        averaged=False,
+    ),
+    Metric("specificity", "Specificity at the same threshold", averaged=False),
+    Metric("patient_auc", "AUC per patient, by the mean over a patient's images", averaged=False),
+    Metric("patient_sensitivity", "Sensitivity per patient, at the same threshold", averaged=False),
+    Metric("patient_specificity", "Specificity per patient, at the same threshold", averaged=False),
+)  # fmt: skip
 STANDARD = (
-    MACRO_F1, ACCURACY, AUC, BALANCED_ACCURACY, ECE, QWK,
+    MACRO_F1, ACCURACY, AUC, BALANCED_ACCURACY, ECE, QWK, *OF_TWO_CLASSES,
     Metric("gen_macro_f1", "Generated answers: macro-F1 (secondary)", secondary=True),
     Metric(
         "gen_invalid", "Generated answers: share of invalid ones, counted as wrong, never guessed",
@@ -144,6 +155,8 @@ class Outcome:
                  `measured` names those that differ from run to run
     extras:      JSON-able details worth keeping (validation curves, losses);
                  `changed`: how the method's recipe differs from the suite's
+    thresholds:  two-class dataset -> the probability of its second class from which it is the
+                 answer, chosen on the val split
     """
 
     method: str
@@ -152,6 +165,7 @@ class Outcome:
     items: "dict[str, Items]" = field(default_factory=dict)
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     measured: Names = ()
+    thresholds: dict[str, float] = field(default_factory=dict)
 
 
 class Suite:
@@ -204,7 +218,7 @@ class Suite:
         return {name: weights @ array / weights.sum(1) for name, array in values.items()}
 
     def sections(self, records: "Sequence[Record]", answers: "Answers") -> list[tuple[str, str]]:
-        """Further parts of the page: (title, Markdown)."""
+        """Further parts of the page: (title, Markdown), tables by `table`."""
         return []
 
     # What follows from these
@@ -259,6 +273,21 @@ def tsm_vanilla_vitask(recipe: Recipe) -> dict[str, Training]:
         "vanilla": Training("vanilla", vanilla(recipe)),
         "vitask": Training("vitask", recipe),
     }
+
+
+_MARKUP = re.compile(r"[\\`*<>|\[\]&~]|(?<![^\W_])_|_(?![^\W_])")  # not the _ inside a word
+
+
+def shown(text: str) -> str:
+    r"""A user's text as Markdown that shows it, in one line: `a|b` becomes `a\|b`."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table as Markdown. Its cells are Markdown: names of datasets come through `shown`."""
+    rule = "|---" * len(head) + "|"
+    return "\n".join(["| " + " | ".join(head) + " |", rule,
+                      *("| " + " | ".join(line) + " |" for line in lines)])  # fmt: skip
 
 
 def question(name: str) -> str:

@@ -1,16 +1,72 @@
-"""Temperature scaling and abstention, both fitted on the val split."""
+"""Temperature scaling, thresholds and abstention, all fitted on the val split."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vitask.data.spec import Dataset
+from vitask.errors import InputError
+from vitask.prompts import Candidates
 
 if TYPE_CHECKING:
     from vitask.score import Prediction
 
 LOG_TEMPERATURES = (-3.0, 3.0)
 COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of the val split that are answered
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the val split says of a model's probabilities.
+
+    temperature: the log-probabilities are divided by it
+    threshold:   for two classes, the probability of the second one (at temperature 1) from which it
+                 is the answer; None for more classes, or if the val split has one class only
+    """
+
+    temperature: float
+    threshold: float | None = None
+
+    @classmethod
+    def of_json(cls, fields: Mapping[str, Any]) -> "Calibration":
+        """What `asdict` wrote; ValueError for other numbers than a fit can give."""
+        found = cls(**fields)
+        if not 0 < found.temperature < float("inf"):
+            raise InputError(f"temperature is {found.temperature!r}; expected a number above 0")
+        if found.threshold is not None and not 0 <= found.threshold <= 1:
+            raise InputError(f"threshold is {found.threshold!r}; expected a probability")
+        return found
+
+
+def calibrate(val: "Prediction", dataset: Dataset, known: Candidates) -> Calibration:
+    """Temperature of the best likelihood, and threshold of the best Youden index.
+
+    val: the prediction for the val split; known: the candidates of the dataset
+    """
+    spec, labels = dataset.spec, dataset.splits["val"].labels
+    temperature = fit_temperature(val, dataset, known.members)
+    if spec.multi_label or len(spec.classes) != 2:
+        return Calibration(temperature)
+    p = np.exp(val.log_probability - np.logaddexp.reduce(val.log_probability, 1, keepdims=True))
+    return Calibration(temperature, fit_threshold((p @ known.members.astype(float))[:, 1], labels))
+
+
+def fit_threshold(probability: np.ndarray, labels: np.ndarray) -> float | None:
+    """The threshold with the largest sensitivity + specificity, halfway between two images.
+
+    probability: (n,) of class 1; labels: 0 or 1, (n,). Of equal thresholds, the one nearest to one
+    half. None if a class is missing.
+    """
+    if len(np.unique(labels)) < 2:
+        return None
+    scores = np.unique(probability)
+    cuts = np.array([0.0, *(scores[1:] + scores[:-1]) / 2, 1.0])
+    above = probability >= cuts[:, None]
+    index = above[:, labels == 1].mean(1) - above[:, labels == 0].mean(1)
+    best = cuts[index >= index.max() - 1e-12]
+    return round(float(best[np.abs(best - 0.5).argmin()]), 6)
 
 
 def at_temperature(prediction: "Prediction", temperature: float) -> np.ndarray:

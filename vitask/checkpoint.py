@@ -6,58 +6,47 @@ model.predict("breastmnist", images, exemplar=False)      # the VLM alone
 model.plug(other_tsm)                                     # another TSM, without tuning
 """
 
-import json
-import os
-import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from vitask.data.spec import Dataset, DatasetSpec
-from vitask.errors import InputError
+from vitask.card import (
+    ADAPTER,
+    CONNECTOR,
+    PROCESSOR,
+    REMEDY,
+    TSM_FILES,
+    VISION,
+    Card,
+    Task,
+    check_replaceable,
+    read_card,
+    write_card,
+)
+from vitask.data.images import check_images, resize_images, unmistakable
+from vitask.errors import Damaged, InputError, boundary
 from vitask.exemplar import ExemplarConnector, feature_kind, image_and_exemplar
-from vitask.files import part_folder
-from vitask.prompts import Candidates, candidates, instruction, response
+from vitask.files import part_folder, put_folder, remove
+from vitask.prompts import instruction, response
 from vitask.recipes import Recipe
 from vitask.score import generate, response_log_probabilities
+from vitask.texts import check_texts
 from vitask.tsm import TSM
 from vitask.vlm import VLM
-
-FORMAT = 2  # of vitask.json; in format 1 the recipe has fields for each source of data
-
-
-@dataclass(frozen=True)
-class Task:
-    """A dataset that the model was tuned on: its description and its candidates."""
-
-    spec: DatasetSpec
-    candidates: Candidates
-
-    @classmethod
-    def of(cls, dataset: Dataset) -> "Task":
-        spec = dataset.spec
-        return cls(spec, candidates(spec, dataset.splits["train"].labels))
-
-    def card(self) -> dict[str, Any]:
-        """For `vitask.json`."""
-        return {"spec": asdict(self.spec), **self.candidates.card()}
-
-    @classmethod
-    def of_card(cls, card: Mapping[str, Any]) -> "Task":
-        """The task that `card` was made of."""
-        spec = DatasetSpec.of_json(card["spec"])
-        return cls(spec, Candidates.of_card(card, len(spec.classes)))
+from vitask.weights import read_tensors
 
 
 class VITask:
-    """A VLM with or without tuning; without `tsm` and `connector` it has no exemplar."""
+    """A VLM with or without tuning; without `tsm` and `connector` it has no exemplar.
+
+    ValueError for a task with a text that the VLM's tokenizer cannot carry (`vitask/texts.py`).
+    """
 
     def __init__(
         self,
@@ -68,6 +57,8 @@ class VITask:
         tsm: TSM | None = None,
         connector: ExemplarConnector | None = None,
     ) -> None:
+        for task in tasks.values():
+            check_texts(vlm, task.spec, task.candidates, recipe.instruction)
         self.vlm, self.recipe, self.tasks = vlm, recipe, dict(tasks)
         self.tsm, self.connector = tsm, connector
 
@@ -101,19 +92,41 @@ class VITask:
     ) -> Float[np.ndarray, "images candidates"]:
         """Probability of each candidate, in the order of `tasks[dataset].candidates`.
 
-        images:   uint8 (n, h, w) or (n, h, w, 3)
+        images:   uint8 (n, side, side) or (n, side, side, 3), of the recipe's source_size; colour
+            becomes grey where the dataset is, so that answers equal those to files
         exemplar: whether the TSM's exemplar is in the prompt; None: if the model has a TSM
 
-        ValueError for an unknown dataset, and for an exemplar without a TSM.
+        At the temperature that was fitted on the val split, if the model has one. InputError for
+        an unknown dataset, other images, and for an exemplar without a TSM.
         """
+        channels, side = self._task(dataset).spec.n_channels, self.recipe.source_size
+        if check_images(images, side=side, channels=channels).ndim == 4 and channels == 1:
+            images = unmistakable(resize_images(images, side, channels=1))
         scores = self.score(dataset, self.image_tokens(images, exemplar=exemplar))
-        shifted = np.exp(scores - scores.max(-1, keepdims=True))
+        return self.probability(dataset, scores, exemplar=exemplar)
+
+    def probability(
+        self, dataset: str, scores: np.ndarray, *, exemplar: bool | None = None
+    ) -> Float[np.ndarray, "images candidates"]:
+        """The softmax of `score`'s log-probabilities at the fitted temperature, or at 1."""
+        scaled = scores / self.temperature(dataset, exemplar=exemplar)
+        shifted = np.exp(scaled - scaled.max(-1, keepdims=True))
         return shifted / shifted.sum(-1, keepdims=True)
+
+    def temperature(self, dataset: str, *, exemplar: bool | None = None) -> float:
+        """Fitted on the val split with or without exemplar; 1 for an untuned model."""
+        wanted = self.tsm is not None if exemplar is None else exemplar
+        found = self._task(dataset).calibration.get("with" if wanted else "without")
+        return 1.0 if found is None else found.temperature
 
     def image_tokens(
         self, images: np.ndarray, *, exemplar: bool | None = None
     ) -> Float[Tensor, "images tokens hidden"]:
-        """The tokens at the image's place in the prompt, with or without exemplar tokens."""
+        """The tokens at the image's place in the prompt, with or without exemplar tokens.
+
+        images: uint8 (n, side, side) or (n, side, side, 3), of the recipe's source_size
+        """
+        check_images(images, side=self.recipe.source_size)
         wanted = self.tsm is not None if exemplar is None else exemplar
         image = self.vlm.image_features(images)
         if not wanted:
@@ -215,75 +228,95 @@ class VITask:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter, connector, TSM, recipe, tasks and processor; the base VLM by name.
 
-        Safetensors and JSON only. The folder appears whole or not at all. An earlier checkpoint in
-        it is replaced; ValueError for a folder that holds anything else.
+        Safetensors and JSON only. The card, vitask.json, holds a SHA-256 of every other file and
+        of the base VLM's. The folder appears whole or not at all. An earlier checkpoint in it is
+        replaced.
+
+        InputError for a model without adapters, for a folder that holds anything else, and for one
+        that cannot be written.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / "vitask.json").is_file() and any(folder.iterdir()):
-            raise InputError(
-                f"{folder} holds files that are not a checkpoint; expected a new or empty folder, "
-                "or a checkpoint, which is replaced"
-            )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = part_folder(folder.parent, folder.name)
-        unfinished.chmod(0o755)
+        if not self.vlm.adapted:
+            raise InputError("this model was not tuned, so there is nothing to save; tune it first")
+        check_replaceable(folder)
+        with boundary(folder, "free space there, or name a folder that can be written"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = part_folder(folder.parent, folder.name)
+            try:
+                unfinished.chmod(0o755)
+                self._write(unfinished)
+                put_folder(unfinished, folder)
+            finally:
+                remove(unfinished)
+
+    def _write(self, folder: Path) -> None:
         # The vocabulary never changes, so peft need not look up the base model to check.
-        self.vlm.adapter.save_pretrained(unfinished / "adapter", save_embedding_layers=False)
-        self.vlm.processor.save_pretrained(unfinished / "processor")
+        self.vlm.adapter.save_pretrained(folder / ADAPTER, save_embedding_layers=False)
+        self.vlm.processor.save_pretrained(folder / PROCESSOR)
         if self.connector is not None:
-            save_file(self.connector.state_dict(), unfinished / "connector.safetensors")
+            save_file(self.connector.state_dict(), folder / CONNECTOR)
         if self.recipe.trained != "adapters":
             vision = self.vlm.vision_modules(self.recipe.trained)
-            save_file(vision.state_dict(), unfinished / "vision.safetensors")
+            save_file(vision.state_dict(), folder / VISION)
         if self.tsm is not None:
-            self.tsm.save(unfinished)
-        card = {
-            "format": FORMAT,
-            "recipe": asdict(self.recipe),
-            "tasks": {name: task.card() for name, task in self.tasks.items()},
-        }
-        (unfinished / "vitask.json").write_text(json.dumps(card, indent=1) + "\n", "utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(unfinished, folder)
+            self.tsm.save(folder)
+        write_card(folder, self.recipe, self.tasks, self.vlm.digests)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str = "cpu") -> "VITask":
         """Read a checkpoint of this or an earlier format. Scores are bit-equal to those saved.
 
-        ValueError if the folder has no checkpoint, or one of a newer format.
+        InputError if the folder has no checkpoint, or one of a newer format, and if the base VLM is
+        missing or has changed. Damaged, which is one, if a file of the checkpoint is missing, cut,
+        changed or exchanged, or does not fit the others; in formats 1 and 2, which have no digests,
+        a change of mere values is not seen.
         """
         folder = Path(folder)
-        if not (folder / "vitask.json").is_file():
-            raise InputError(
-                f"no checkpoint at {folder}; expected a folder with vitask.json, written by "
-                "save_pretrained or `python -m bench run`"
-            )
-        card = json.loads((folder / "vitask.json").read_text("utf-8"))
-        if card.get("format") not in range(1, FORMAT + 1):
-            raise InputError(
-                f"{folder / 'vitask.json'} has format {card.get('format')!r}; this version reads "
-                f"formats 1 to {FORMAT}: update VITask to read a newer checkpoint, or tune the "
-                "model again"
-            )
-        recipe = Recipe.of_json(card["recipe"])
+        card = read_card(folder)
+        card.check(folder)
+        recipe = card.recipe
         vlm = VLM.load(
             recipe.vlm,
             dtype=getattr(torch, recipe.precision),
             device=device,
             attention=recipe.attention,
         )
-        vlm.load_adapter(folder / "adapter")
+        vlm.check_base(card.base, folder)
+        vlm.load_adapter(folder / ADAPTER)
         if recipe.trained != "adapters":
-            vision = load_file(folder / "vision.safetensors")
-            vlm.vision_modules(recipe.trained).load_state_dict(vision)
-        tsm = connector = None
-        if (folder / "tsm.json").is_file():
-            tsm = TSM.load(folder).to(device)
-        if (folder / "connector.safetensors").is_file():
-            state = load_file(folder / "connector.safetensors")
-            connector = ExemplarConnector(state["linear_1.weight"].shape[1], vlm.hidden_size)
-            connector.load_state_dict(state)
-            connector.to(device).eval().requires_grad_(False)
-        tasks = {name: Task.of_card(task) for name, task in card["tasks"].items()}
-        return cls(vlm, recipe, tasks, tsm=tsm, connector=connector)
+            vision = vlm.vision_modules(recipe.trained)
+            vision.load_state_dict(read_tensors(folder / VISION, REMEDY, vision.state_dict()))
+        tsm, connector = _exemplar_parts(folder, card, vlm)
+        if tsm is not None:
+            tsm.to(device)
+        if connector is not None:
+            connector.to(device)
+        return cls(vlm, recipe, card.tasks, tsm=tsm, connector=connector)
+
+
+def _exemplar_parts(
+    folder: Path, card: Card, vlm: VLM
+) -> tuple[TSM | None, ExemplarConnector | None]:
+    """A checkpoint's TSM and connector, where it has them, frozen, on the CPU."""
+    kind, hidden = feature_kind(card.recipe.variant), vlm.hidden_size
+    names = (*TSM_FILES, CONNECTOR)
+    if card.files is None and card.recipe.exemplar:  # else the card says which files there are
+        for name in names:
+            if not (folder / name).is_file():
+                raise Damaged(f"{folder / name} is missing; {REMEDY}")
+    tsm = connector = None
+    if card.has(folder, TSM_FILES[0]):
+        tsm = TSM.load(folder)
+    if card.has(folder, CONNECTOR):
+        path = folder / CONNECTOR
+        found = read_tensors(path, REMEDY)
+        width = found["norm.weight"].numel() if "norm.weight" in found else 1
+        connector = ExemplarConnector(width, hidden)
+        connector.load_state_dict(read_tensors(path, REMEDY, connector.state_dict()))
+        connector.eval().requires_grad_(False)
+        if tsm is not None and tsm.feature_size(kind) != width:
+            raise Damaged(
+                f"{path} takes features of width {width}, but {folder / TSM_FILES[1]} gives "
+                f"{tsm.feature_size(kind)}: one of them was exchanged; {REMEDY}"
+            )
+    return tsm, connector

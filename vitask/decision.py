@@ -23,6 +23,9 @@ class Scored:
     predicted:   like labels, by arg max over candidates or the threshold 0.5
     generated:   like labels, INVALID (multi-label: a row of it) for an answer that is not a
                  candidate; None for methods that do not generate answers
+    threshold:   of two classes, the probability of class 1 from which it is the answer where
+                 sensitivity and specificity are asked; None if no val split chose one
+    groups:      str (n,), the patient of each image, or None
     """
 
     spec: DatasetSpec
@@ -30,6 +33,8 @@ class Scored:
     probability: np.ndarray
     predicted: np.ndarray
     generated: np.ndarray | None
+    threshold: float | None = None
+    groups: np.ndarray | None = None
 
 
 def scored(
@@ -37,6 +42,9 @@ def scored(
     labels: np.ndarray,
     prediction: Prediction,
     answers: Candidates | None = None,
+    *,
+    threshold: float | None = None,
+    groups: np.ndarray | None = None,
 ) -> Scored:
     """Class probabilities and decisions from a prediction.
 
@@ -58,7 +66,7 @@ def scored(
     generated = None
     if prediction.generated is not None:
         generated = np.stack([_parsed(spec, answers, text) for text in prediction.generated])
-    return Scored(spec, labels, probability, predicted, generated)
+    return Scored(spec, labels, probability, predicted, generated, threshold, groups)
 
 
 def _check(

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Says what was given, what was expected and what to do; shown as one line, without a trace."""
 
 
+class Damaged(InputError):
+    """A file that we wrote is cut, changed, exchanged or missing; the message names it."""
+
+
 class Diverged(InputError, FloatingPointError):
     """A loss is not a finite number."""
 
@@ -27,6 +31,20 @@ def boundary(what: object, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(f"{what} cannot be used ({reason(error)}); {remedy}") from error
+
+
+@contextmanager
+def intact(what: object, remedy: str) -> Iterator[None]:
+    """Any error inside, ours too, becomes `Damaged`: `what` is damaged (why); `remedy`.
+
+    For reading what this package wrote.
+    """
+    try:
+        yield
+    except Damaged:
+        raise
+    except Exception as error:
+        raise Damaged(f"{what} is damaged ({reason(error)}); {remedy}") from error
 
 
 def reason(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitask.data.images import unmistakable
 from vitask.data.spec import Dataset
 from vitask.files import part_folder
 
@@ -48,7 +49,7 @@ class Features:
             size = one.nbytes * len(images)
             if size <= self._left:
                 self._left -= size
-                self._cached[key] = self._compute(images)
+                self._cached[key] = self._compute(unmistakable(images))
             else:
                 self._cached[key] = self._on_disk(f"{dataset}-{split}", images, one)
         return self._cached[key]
@@ -63,7 +64,8 @@ class Features:
         mapped = torch.from_file(path, shared=True, size=int(np.prod(shape)), dtype=one.dtype)
         mapped = mapped.view(shape)
         for start in range(0, len(images), CHUNK):
-            mapped[start : start + CHUNK] = self._compute(images[start : start + CHUNK])
+            chunk = unmistakable(images[start : start + CHUNK])
+            mapped[start : start + CHUNK] = self._compute(chunk)
         return mapped
 
 

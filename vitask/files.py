@@ -1,12 +1,17 @@
-"""Files that are whole or absent, and what may be deleted: only what carries our mark."""
+"""Files that are whole or absent, and what may be deleted: only what we made."""
 
+import ctypes
 import hashlib
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import mkdtemp
 
+from vitask.errors import InputError
+
 PART = ".vitask-part"  # ends the names of what is being written, and of nothing else
+HERE, EXCHANGE = -100, 2  # of renameat2: paths as they are; exchange the two
 
 
 def write_text(path: Path, text: str) -> None:
@@ -35,6 +40,26 @@ def part_folder(parent: Path | None, name: str) -> Path:
     return Path(mkdtemp(dir=parent, prefix=f".{name}.", suffix=PART))
 
 
+def check_destination(path: Path, option: str) -> Path:
+    """Where a file will be written (a link stays a link); InputError if that cannot be done.
+
+    option: how the user named it, such as "--output"
+    """
+    try:
+        place = path.resolve()
+        if place.exists() and not (place.is_file() and os.access(place, os.W_OK)):
+            raise OSError(0, "what is there is not a file that you may replace")
+        folder = place.parent
+        while not folder.exists():
+            folder = folder.parent
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise OSError(0, f"{folder} is not a folder that you may write to")
+    except OSError as error:
+        why = error.strerror
+        raise InputError(f"{option} {path} cannot be written: {why}; name another file") from error
+    return place
+
+
 def sweep(folder: Path) -> None:
     """Delete the parts that a killed process left in a folder, not below it."""
     if folder.is_dir() and not folder.is_symlink():
@@ -48,6 +73,59 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path)
+
+
+def put_folder(new: Path, place: Path) -> None:
+    """Move a whole folder to `place`; the folder that is there is deleted afterwards.
+
+    On Linux the two are exchanged in one step, so a kill at any moment leaves a whole folder at
+    `place`. A file system that cannot do this has the older one beside it for a moment, as a part.
+    """
+    older = new
+    if not place.exists():
+        os.replace(new, place)
+    elif not _exchanged(new, place):
+        older = part_folder(place.parent, place.name)
+        os.replace(place, older)
+        try:
+            os.replace(new, place)
+        except OSError:
+            os.replace(older, place)
+            raise
+    remove(older)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two paths change their names, where the system can."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0
+
+
+def told_apart(folder: Path, names: Collection[str]) -> tuple[list[Path], list[Path]]:
+    """What a folder holds: (files of these names, everything else); links are not followed.
+
+    names: relative, as "adapter/README.md". A folder that holds such files only is given whole.
+    """
+    ours, others = [], []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            start = f"{path.name}/"
+            below = {name.removeprefix(start) for name in names if name.startswith(start)}
+            inner = told_apart(path, below) if below else ([], [path])
+            ours += inner[0] if inner[1] else [path]
+            others += inner[1]
+        else:
+            (ours if path.name in names else others).append(path)
+    return ours, others
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Relative name -> SHA-256 of every file in a folder and below it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def file_sha256(path: Path) -> str:

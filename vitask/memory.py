@@ -26,6 +26,38 @@ def peak_mib() -> float:
     return kib / 1024
 
 
+def available(device: str | torch.device = "cpu") -> int | None:
+    """Bytes that this process can still take on a device; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limits = [_number(Path("/proc/meminfo"), r"MemAvailable:\s*(\d+) kB", 1024)]
+    for most, used, old in (  # of a container, in both versions of control groups
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        groups = Path("/sys/fs/cgroup")
+        limit, taken = _number(groups / most), _number(groups / used)
+        if limit is not None and taken is not None:
+            stat = (groups / used).with_name("memory.stat")
+            limits.append(limit - taken + (_number(stat, rf"(?m)^{old} (\d+)") or 0))
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if space != resource.RLIM_INFINITY:
+        limits.append(
+            space - (_number(Path("/proc/self/status"), r"VmSize:\s*(\d+) kB", 1024) or 0)
+        )
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _number(path: Path, pattern: str = r"^(\d+)", unit: int = 1) -> int | None:
+    """The number that a pattern finds in a file of the system."""
+    try:
+        found = re.search(pattern, path.read_text("utf-8"))
+    except OSError:
+        return None
+    return int(found[1]) * unit if found else None
+
+
 class Held:
     """As a context: the most memory that the work inside held beyond the memory held before, MiB.
 

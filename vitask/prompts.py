@@ -7,7 +7,6 @@ hash.
 import hashlib
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from vitask.data.spec import DatasetSpec
+from vitask.names import NO_FINDING, SEPARATOR, canonical, numbers
 
 INSTRUCTION = "Analyze the given {modality} image. The possible diagnoses are: {labels}."
-SEPARATOR = "; "  # label names have commas and brackets, never semicolons
-NO_FINDING = "no finding"  # the multi-label answer when no label is present
 FREQUENT_LABEL_SETS = 64  # multi-label candidates, besides the single labels
 
 
@@ -124,21 +122,21 @@ class Candidates:
     def parse(self, text: str) -> int | None:
         """Generated text -> number of the candidate, or None for an invalid answer.
 
-        Case, runs of white space and the final period are ignored. Nothing else is guessed.
+        Texts are compared in their canonical form: case, Unicode form, runs of white space,
+        invisible characters and final periods do not count. Nothing else is guessed.
         """
-        return {_normal(t): i for i, t in enumerate(self.texts)}.get(_normal(text))
+        return numbers(self.texts).get(canonical(text))
 
     def parse_labels(self, text: str, classes: Sequence[str]) -> np.ndarray | None:
         """Multi-label: generated text -> bool (classes,), any set of known labels, or None."""
-        if _normal(text) == _normal(NO_FINDING):
-            return np.zeros(len(classes), dtype=bool)
-        known = {_normal(name): i for i, name in enumerate(classes)}
-        parts = [known.get(_normal(part)) for part in _normal(text).split(SEPARATOR.strip())]
-        found = [part for part in parts if part is not None]
-        if len(found) != len(parts):
-            return None
-        labels = np.zeros(len(classes), dtype=bool)
-        labels[found] = True
+        labels, known = np.zeros(len(classes), dtype=bool), numbers(tuple(classes))
+        written = canonical(text)
+        if written == canonical(NO_FINDING):
+            return labels
+        for part in written.split(SEPARATOR.strip()):
+            if (number := known.get(canonical(part))) is None:
+                return None
+            labels[number] = True
         return labels
 
     def coverage(self, labels: np.ndarray) -> float:
@@ -171,7 +169,3 @@ def candidates(spec: DatasetSpec, train_labels: np.ndarray) -> Candidates:
         ]
     )
     return Candidates(texts=tuple(answer(spec, row) for row in members), members=members)
-
-
-def _normal(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().removesuffix(".").strip().casefold()

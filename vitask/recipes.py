@@ -13,7 +13,7 @@ from vitask.data import medmnist, phantom
 from vitask.errors import InputError
 from vitask.prompts import FORMS
 
-AT_LEAST = {  # fields that count something, and their least values
+AT_LEAST = {  # fields and their least values
     "train_limit": 1,
     "val_limit": 1,
     "corrupted_limit": 1,
@@ -26,7 +26,16 @@ AT_LEAST = {  # fields that count something, and their least values
     "feature_memory_mib": 0,
     "batch_size": 4,
     "score_batch_size": 1,
+    "lora_alpha": 1,
+    "weight_decay": 0,
+    "tsm_weight_decay": 0,
+    "rda_weight": 0,
+    "crt_weight": 0,
+    "warmup": 0,
+    "lora_dropout": 0,
 }
+POSITIVE = ("learning_rate", "tsm_learning_rate", "vision_learning_rate", "max_grad_norm")
+BELOW_ONE = ("warmup", "lora_dropout")
 
 
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -152,8 +161,17 @@ class Recipe:
             )
         for name, least in AT_LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # nor NaN
                 raise InputError(f"{name} is {value}; expected at least {least}")
+        for name in POSITIVE:
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise InputError(f"{name} is {value}; expected a number above 0")
+        for name in BELOW_ONE:
+            if (value := getattr(self, name)) >= 1:
+                raise InputError(f"{name} is {value}; expected a share below 1")
+        for name in ("vlm", "tsm"):
+            if not (value := getattr(self, name)).strip():
+                raise InputError(f"{name} is {value!r}; expected a model's name or folder")
         if self.epochs == 0:
             raise InputError(
                 f"recipe {self.name!r} has no epochs; expected at least 1 in one of the stages"

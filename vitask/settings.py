@@ -58,8 +58,11 @@ def parse(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def apply(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """The recipe with these fields changed; ValueError where `Recipe` refuses a value."""
-    return replace(recipe, **settings)
+    """The recipe with these fields changed.
+
+    ValueError for an unknown field, a value of another type, and one that `Recipe` refuses.
+    """
+    return replace(recipe, **_values("", settings, FIELDS))
 
 
 def read(path: str | Path) -> tuple[Recipe, dict[str, Any]]:
@@ -128,15 +131,15 @@ def _of_text(name: str, text: str, kind: Any) -> Any:
 
 
 def _checked(name: str, value: Any, field: Any) -> Any:
-    """A value out of TOML as a value of a field's type: lists become tuples, "none" None."""
+    """A value as one of a field's type: TOML's lists become tuples, "none" None."""
     optional = NoneType in get_args(field)
-    if optional and value == NONE:
+    if optional and value in (NONE, None):
         return None
     kind = get_args(field)[0] if optional else field
     if get_origin(kind) is tuple:
         arguments = get_args(kind)
         many = arguments[-1] is ...
-        if not isinstance(value, list) or not (many or len(value) == len(arguments)):
+        if not isinstance(value, list | tuple) or not (many or len(value) == len(arguments)):
             raise _wrong(name, value, field)
         if many and not value:
             raise InputError(f"{name} is empty; expected one or more")

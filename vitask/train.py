@@ -6,7 +6,7 @@ unless the recipe's `trained` says otherwise.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import accelerate
@@ -18,7 +18,9 @@ from transformers import get_cosine_schedule_with_warmup
 from kernels import VITaskLosses
 from vitask.batches import Batch, make_batches
 from vitask.branches import BatchInputs, three_forwards
-from vitask.checkpoint import Task, VITask
+from vitask.calibration import calibrate
+from vitask.card import Task
+from vitask.checkpoint import VITask
 from vitask.data.spec import Dataset
 from vitask.errors import Diverged, InputError
 from vitask.exemplar import ExemplarConnector, feature_kind
@@ -26,11 +28,14 @@ from vitask.features import Features, Joined
 from vitask.objective import Weights, joint_loss, stage_weights
 from vitask.prompts import answer, instruction, response
 from vitask.recipes import Recipe
+from vitask.score import Prediction
 from vitask.shared import shared_forward
+from vitask.texts import check_texts
 from vitask.tsm import TSM
 from vitask.validation import OnEpoch, decide, ignore, macro_f1
 from vitask.vlm import VLM, Prompt
 
+Scores = dict[str, np.ndarray]  # dataset -> log-probabilities (images, candidates)
 FORWARDS = {"shared": shared_forward, "three": three_forwards}  # recipe.step
 
 
@@ -168,7 +173,7 @@ def tune(
     step = TuningStep(vlm, model.connector, recipe)
     update = _Update(accelerator, step, vision, recipe, steps=sum(map(len, epochs)))
 
-    log, best = Log(), _Best(step)
+    log, best, chosen = Log(), _Best(step), dict[str, Scores]()
     for epoch, batches in enumerate(epochs):
         stage = 1 if epoch < recipe.stage1_epochs else 2
         weights = stage_weights(recipe, stage)
@@ -190,23 +195,27 @@ def tune(
         vlm.adapter.eval()
         log.losses.append({name: value / len(batches) for name, value in sums.items()})
         log.without_negative.append(sum(int((b.negative < 0).sum()) for b in batches))
-        log.validation.append(validate(model, datasets, image, exemplar))
+        val = score_val(model, datasets, image, exemplar)
+        log.validation.append(macro_f1_by_mode(model, datasets, val))
         if best.offer(float(np.mean([v["mean"] for v in log.validation[-1].values()])), step):
-            log.chosen = epoch + 1
+            log.chosen, chosen = epoch + 1, val
         on_epoch("vitask" if recipe.exemplar else "vanilla", epoch + 1, recipe.epochs)
     best.restore(step)
     step.requires_grad_(False)
+    _calibrate(model, datasets, chosen)
     return model, log
 
 
 def _untuned(vlm: VLM, datasets: Mapping[str, Dataset], recipe: Recipe, tsm: TSM | None) -> VITask:
     """The model before its first step: new adapters, and a new connector with `recipe.exemplar`."""
+    tasks = {name: Task.of(dataset) for name, dataset in datasets.items()}
+    for task in tasks.values():  # before the VLM is changed
+        check_texts(vlm, task.spec, task.candidates, recipe.instruction)
     vlm.add_lora(rank=recipe.lora_rank, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout)
     connector = None
     if recipe.exemplar and tsm is not None:
         width = tsm.feature_size(feature_kind(recipe.variant))
         connector = ExemplarConnector(width, vlm.hidden_size).to(vlm.device)
-    tasks = {name: Task.of(dataset) for name, dataset in datasets.items()}
     return VITask(vlm, recipe, tasks, tsm=tsm if recipe.exemplar else None, connector=connector)
 
 
@@ -273,29 +282,52 @@ class _Best:
                     parameter.copy_(self._state[name])
 
 
-def validate(
+def score_val(
     model: VITask,
     datasets: Mapping[str, Dataset],
     image: Features,
     exemplar: Features | None,
-) -> dict[str, dict[str, float]]:
-    """Macro-F1 by constrained scoring on the val splits, "without" and "with" exemplar.
+) -> dict[str, Scores]:
+    """Log-probabilities of the candidates for the val splits, "without" and "with" exemplar.
 
-    Each has a value for every dataset and their "mean"; "with" only if the model has a connector.
+    "with" only if the model has a connector.
     """
-    curves: dict[str, dict[str, float]] = {"without": {}}
-    if model.connector is not None:
-        curves["with"] = {}
-    for name, dataset in datasets.items():
-        tokens, task = model.image_inputs(image(name, "val")), model.tasks[name]
-        if model.connector is None or exemplar is None:
-            scores = [model.score(name, tokens)]
-        else:
-            scores = [*model.score_both(name, tokens, exemplar(name, "val"))]
-        for mode, log_p in zip(curves, scores, strict=True):
+    if model.connector is None or exemplar is None:
+        return {
+            "without": {
+                name: model.score(name, model.image_inputs(image(name, "val"))) for name in datasets
+            }
+        }
+    found: dict[str, Scores] = {"without": {}, "with": {}}
+    for name in datasets:
+        tokens = model.image_inputs(image(name, "val"))
+        both = model.score_both(name, tokens, exemplar(name, "val"))
+        for mode, log_p in zip(found, both, strict=True):
+            found[mode][name] = log_p
+    return found
+
+
+def macro_f1_by_mode(
+    model: VITask, datasets: Mapping[str, Dataset], val: Mapping[str, Scores]
+) -> dict[str, dict[str, float]]:
+    """Macro-F1 of the val splits' scores: mode -> dataset, and their "mean"."""
+    curves: dict[str, dict[str, float]] = {}
+    for mode, scores in val.items():
+        curves[mode] = {}
+        for name, log_p in scores.items():
+            task, labels = model.tasks[name], datasets[name].splits["val"].labels
             predicted = decide(task.spec, log_p, task.candidates)
-            curves[mode][name] = macro_f1(task.spec, dataset.splits["val"].labels, predicted)
-    return {
-        mode: values | {"mean": float(np.mean(list(values.values())))}
-        for mode, values in curves.items()
-    }
+            curves[mode][name] = macro_f1(task.spec, labels, predicted)
+        curves[mode]["mean"] = float(np.mean(list(curves[mode].values())))
+    return curves
+
+
+def _calibrate(model: VITask, datasets: Mapping[str, Dataset], val: Mapping[str, Scores]) -> None:
+    """Temperatures and thresholds of the chosen epoch, kept with the model's tasks."""
+    for name, dataset in datasets.items():
+        task = model.tasks[name]
+        found = {
+            mode: calibrate(Prediction(name, "candidates", scores[name]), dataset, task.candidates)
+            for mode, scores in val.items()
+        }
+        model.tasks[name] = replace(task, calibration=found)

@@ -4,7 +4,6 @@ A timm model with a shared head. A sample's loss is over the classes of its data
 features become exemplar tokens (vitask/exemplar.py).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,24 @@ import accelerate
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 from vitask.backbone import build, check, check_alone, check_kind, colours
+from vitask.card import TSM_FILES
+from vitask.data.images import check_images, unmistakable
 from vitask.data.spec import Dataset, DatasetSpec
+from vitask.errors import InputError, boundary, intact
+from vitask.files import file_sha256, write_bytes
+from vitask.names import canonical
 from vitask.recipes import Recipe
+from vitask.sealed import Fields, check_files, write_sealed
 from vitask.validation import OnEpoch, decide, ignore, macro_f1
+from vitask.weights import read_tensors
+
+REMEDY = "copy the saved model again, or train it again"
 
 
 @dataclass(frozen=True)
@@ -37,9 +45,20 @@ class Head:
 
 
 def heads(specs: Sequence[DatasetSpec]) -> dict[str, Head]:
-    """Spans by head name, in order of first appearance; the 12 MedMNIST sets give 70 outputs."""
+    """Spans by head name, in order of first appearance; the 12 MedMNIST sets give 70 outputs.
+
+    ValueError for datasets of one head whose classes differ.
+    """
     spans: dict[str, Head] = {}
+    first: dict[str, DatasetSpec] = {}
     for spec in specs:
+        other = first.setdefault(spec.head, spec)
+        if [*map(canonical, other.classes)] != [*map(canonical, spec.classes)]:
+            raise InputError(
+                f"datasets {other.name!r} and {spec.name!r} share the TSM's head {spec.head!r}, "
+                f"and have {len(other.classes)} and {len(spec.classes)} classes that are not the "
+                "same; give one of them another head"
+            )
         if spec.head not in spans:
             start = max((span.stop for span in spans.values()), default=0)
             spans[spec.head] = Head(start, start + len(spec.classes))
@@ -69,7 +88,14 @@ class TSM(nn.Module):
             self.register_buffer(which, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def pixels(self, images: np.ndarray) -> Float[Tensor, "images 3 size size"]:
-        """uint8 (n, h, w[, 3]) -> normalised float32 of this size; grey becomes RGB."""
+        """Normalised float32 of this size; grey becomes RGB.
+
+        images: uint8 (n, side, side) or (n, side, side, 3); InputError for others, see
+            `check_images`
+        """
+        return self._normalised(check_images(images))
+
+    def _normalised(self, images: np.ndarray) -> Float[Tensor, "images 3 size size"]:
         rgb = images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=-1)
         tensor = torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
         tensor = tensor.to(self.mean.device).float() / 255
@@ -106,10 +132,11 @@ class TSM(nn.Module):
              where the model gives no single map
         """
         self.feature_size(kind)
+        check_images(images)
         self.eval()
         done = []
         for i in range(0, len(images), batch_size):
-            maps = self.backbone.forward_features(self.pixels(images[i : i + batch_size]))
+            maps = self.backbone.forward_features(self._normalised(images[i : i + batch_size]))
             if kind == "cls":
                 maps = self.backbone.forward_head(maps, pre_logits=True)
             else:
@@ -121,11 +148,15 @@ class TSM(nn.Module):
     def log_probabilities(
         self, images: np.ndarray, spec: DatasetSpec, batch_size: int = 256
     ) -> np.ndarray:
-        """float64 (images, classes), in nats: log-softmax, or log-sigmoid for multi-label."""
+        """float64 (images, classes), in nats: log-softmax, or log-sigmoid for multi-label.
+
+        images: of the dataset that `spec` describes, uint8 (n, side, side) or (n, side, side, 3)
+        """
+        check_images(unmistakable(images) if spec.n_channels == 1 else images)
         self.eval()
         logits = torch.cat(
             [
-                self.logits(self.pixels(images[i : i + batch_size]), spec.head).double().cpu()
+                self.logits(self._normalised(images[i : i + batch_size]), spec.head).double().cpu()
                 for i in range(0, len(images), batch_size)
             ]
         )
@@ -133,20 +164,37 @@ class TSM(nn.Module):
         return done.numpy()
 
     def save(self, folder: Path) -> None:
-        """Write `tsm.safetensors` and `tsm.json` into an existing folder."""
+        """Write `tsm.safetensors`, and `tsm.json` with its SHA-256, into an existing folder."""
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(state, folder / "tsm.safetensors")
         spans = {name: [span.start, span.stop] for name, span in self.spans.items()}
         card = {"name": self.name, "size": self.size, "heads": spans}
-        (folder / "tsm.json").write_text(json.dumps(card, indent=1) + "\n", "utf-8")
+        with boundary(folder, "free space there, or name a folder that can be written"):
+            write_bytes(folder / TSM_FILES[1], save(state))
+            write_sealed(
+                folder / TSM_FILES[0],
+                card | {"files": {TSM_FILES[1]: file_sha256(folder / TSM_FILES[1])}},
+            )
 
     @classmethod
     def load(cls, folder: Path) -> "TSM":
-        """The model that `save` wrote, frozen, on the CPU."""
-        card = json.loads((folder / "tsm.json").read_text("utf-8"))
-        spans = {name: Head(*span) for name, span in card["heads"].items()}
-        model = cls(card["name"], spans, card["size"])
-        model.load_state_dict(load_file(folder / "tsm.safetensors"))
+        """The model that `save` wrote, frozen, on the CPU.
+
+        Damaged names a file that is missing, cut, changed or exchanged, and the fields or tensors
+        that do not fit. Files of earlier versions have no SHA-256.
+        """
+        card = Fields(folder / TSM_FILES[0], REMEDY)
+        if "files" in card.values:
+            card.check_seal()
+            check_files(folder, card.digests("files"), REMEDY)
+        name, size, spans = card.of("name", str), card.of("size", int), {}
+        with intact(f"{card.path}: heads", REMEDY):
+            for head, (start, stop) in card.of("heads", dict).items():
+                if not (type(start) is type(stop) is int and 0 <= start < stop):
+                    raise InputError(f"{head} is {[start, stop]}; expected a span of outputs")
+                spans[head] = Head(start, stop)
+        with intact(card.path, REMEDY):
+            model = cls(name, spans, size)
+        model.load_state_dict(read_tensors(folder / TSM_FILES[1], REMEDY, model.state_dict()))
         return model.eval().requires_grad_(False)
 
 
@@ -201,7 +249,10 @@ def train_tsm(
         recipe.tsm_image_size,
         pretrained=recipe.tsm_pretrained,
     ).to(accelerator.device)
-    pixels = {name: model.pixels(d.splits["train"].images) for name, d in datasets.items()}
+    pixels = {
+        name: model.pixels(unmistakable(dataset.splits["train"].images))
+        for name, dataset in datasets.items()
+    }
     labels = {name: torch.from_numpy(d.splits["train"].labels) for name, d in datasets.items()}
     sample = [(name, i) for name, d in datasets.items() for i in range(len(d.splits["train"]))]
     rng = np.random.default_rng(seed)

@@ -4,25 +4,28 @@ Image features, embeddings, hidden states, head. It takes any `InternVLForCondit
 checkpoint: the embedded `pocket`, a folder, `OpenGVLab/InternVL3-1B-hf`.
 """
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
-import peft
 import torch
 from jaxtyping import Float, Int
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AutoProcessor, InternVLForConditionalGeneration, InternVLProcessor
 
-from vitask.errors import InputError
-from vitask.pocket import POCKET
+from vitask import adapter, base
+from vitask.card import REMEDY
+from vitask.data.images import check_images
+from vitask.errors import InputError, boundary
+from vitask.names import canonical
+from vitask.sealed import listed
 
-# The linear layers of the language model only: "all-linear" would also adapt the vision tower and
-# the VLM's connector.
-LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"
+MARKS = ("<image>", "<video>")  # what chats of this family write in the place of pictures
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,18 @@ class VLM:
     """A native InternVL with its processor."""
 
     def __init__(
-        self, model: InternVLForConditionalGeneration, processor: InternVLProcessor, name: str
+        self,
+        model: InternVLForConditionalGeneration | PeftModel,
+        processor: InternVLProcessor,
+        name: str,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        """model: as transformers loads it; one that peft wrapped answers, but cannot be tuned."""
+        self.model = cast(InternVLForConditionalGeneration, model.eval().requires_grad_(False))
         self.processor = processor
         self.name = name
+        # Of its files, if it was loaded from files; SHA-256 by name.
+        self.folder: Path | None = None
+        self.digests: dict[str, str] = {}
 
     @classmethod
     def load(
@@ -61,22 +71,85 @@ class VLM:
         attention: of the language model on CUDA, "sdpa" or "flex_attention", with equal results;
             elsewhere always SDPA, because FlexAttention trains on CUDA only
 
-        ValueError if there is no such checkpoint.
+        InputError if there is no such checkpoint; if it is not a native InternVL; if a file is cut
+        or missing; if the weights differ from what config.json describes, or do not fit into
+        memory; if the processor does not fit the weights. It names the file and the tensors.
         """
-        source = str(POCKET) if name == "pocket" else name
+        folder = base.find(name)
+        base.check(folder, dtype, device)
+        digests = base.digests(folder)
         text = attention if torch.device(device).type == "cuda" else "sdpa"
-        try:
-            processor = AutoProcessor.from_pretrained(source)
-            model = InternVLForConditionalGeneration.from_pretrained(
-                source, dtype=dtype, attn_implementation={"": "sdpa", "text_config": text}
+        with boundary(f"the tokenizer or processor of {folder}", base.REMEDY):
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            if not isinstance(processor, InternVLProcessor):
+                raise TypeError(f"it is a {type(processor).__name__}")
+        with boundary(folder, base.REMEDY):
+            model, info = InternVLForConditionalGeneration.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation={"": "sdpa", "text_config": text},
+                use_safetensors=True,
+                output_loading_info=True,
             )
-        except OSError as error:
+            base.check_loaded(folder, info)
+            base.check_values(folder, model)
+        with boundary(f"device {device}", "free its memory, or take another device"):
+            model.to(device)
+        vlm = cls(model, processor, name)
+        vlm.folder, vlm.digests = folder, digests
+        vlm._check_processor()
+        return vlm
+
+    @staticmethod
+    def check(
+        name: str, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> None:
+        """Check a base VLM before work begins: InputError as in `load`, but for the processor.
+
+        Reads JSON files and the weights' headers, in a fraction of a second, and holds no weights.
+        From the hub it fetches small files only; weights that were not downloaded are not checked.
+        """
+        folder = base.find(name, download=False)
+        base.check(folder, dtype, device, partial=name != "pocket" and not Path(name).exists())
+
+    def _check_processor(self) -> None:
+        """InputError if the processor does not fit the weights, as one of another checkpoint."""
+        where, question = f"the tokenizer or processor of {self.folder}", "What is it?"
+        with boundary(
+            f"chat_template.jinja, or another chat template of {self.folder},", base.REMEDY
+        ):
+            self._render(question)
+        with boundary(where, base.REMEDY):
+            prompt = self.prompt(question)
+            ids = (*prompt.before, *prompt.after, *self.response_ids(question))
+            shown = question in self.decode(prompt.after)
+            size = self.processor.image_processor.size
+            pixels = [size["height"], size["width"]]
+        config = self.model.config
+        side = config.vision_config.image_size
+        for what, found, expected in (
+            ("a prompt that holds its instruction", shown, True),
+            ("the image token", self.processor.image_token_id, config.image_token_id),
+            ("tokens of an image", self.processor.image_seq_length, config.image_seq_length),
+            ("pixels", pixels, [side, side] if isinstance(side, int) else [*side]),
+            ("a token beyond the vocabulary", max(ids) >= len(self.head), False),
+        ):
+            if found != expected:
+                raise InputError(
+                    f"{where} does not fit {base.CONFIG}: {what}: {found}, expected {expected}; "
+                    f"{base.REMEDY}"
+                )
+
+    def check_base(self, expected: Mapping[str, str], checkpoint: Path) -> None:
+        """InputError names the files of the base VLM that are not those of `expected`."""
+        names = sorted({*self.digests, *expected})
+        other = [name for name in names if self.digests.get(name) != expected.get(name)]
+        if other and expected:
             raise InputError(
-                f"no vision language model at {name!r}; expected 'pocket', a folder with "
-                "config.json and model.safetensors, or the hub name of a native InternVL "
-                f"checkpoint that is downloaded or can be ({error})"
-            ) from error
-        return cls(model.to(device), processor, name)
+                f"the base VLM {self.name!r} has changed since {checkpoint} was tuned on it: "
+                f"{listed(other)} in {self.folder}; its answers would change: restore these files, "
+                "or tune the model again"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -130,13 +203,12 @@ class VLM:
     def pixel_values(self, images: np.ndarray) -> Float[Tensor, "images 3 height width"]:
         """The checkpoint's image processor: resize to one tile, normalise. Grey becomes RGB.
 
-        ValueError for images of another dtype or shape than uint8 (n, h, w[, 3]).
+        images: uint8 (n, side, side) or (n, side, side, 3); InputError for others, see
+            `check_images`
         """
-        if images.dtype != np.uint8 or images.ndim not in (3, 4):
-            raise InputError(
-                f"images have dtype {images.dtype} and shape {images.shape}; "
-                "expected uint8 of shape (n, height, width) or (n, height, width, 3)"
-            )
+        return self._normalised(check_images(images))
+
+    def _normalised(self, images: np.ndarray) -> Float[Tensor, "images 3 height width"]:
         rgb = images if images.ndim == 4 else np.repeat(images[..., None], 3, axis=-1)
         tensor = torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
         done = self.processor.image_processor(
@@ -145,28 +217,73 @@ class VLM:
         return done["pixel_values"]
 
     def _batches(self, images: np.ndarray, batch_size: int) -> "Sequence[Tensor]":
+        check_images(images)
         return [
-            self.pixel_values(images[i : i + batch_size]).to(self.device, self.dtype)
+            self._normalised(images[i : i + batch_size]).to(self.device, self.dtype)
             for i in range(0, len(images), batch_size)
         ]
 
     # Text
 
     def prompt(self, instruction: str) -> Prompt:
-        """[user, image, instruction, assistant] in the checkpoint's chat template."""
+        """[user, image, instruction, assistant] in the checkpoint's chat template.
+
+        ValueError for an instruction with a special token of the tokenizer.
+        """
+        if mark := self.special_token(instruction):
+            raise InputError(
+                f"instruction {instruction!r} has {mark!r}, a special token of the VLM "
+                f"{self.name!r}, not a text; leave it out"
+            )
         text = self._render(instruction)
         image = self.processor.image_token
         opened = f"{self.processor.start_image_token}{image}{self.processor.end_image_token}"
-        ids = self.processor.tokenizer(text.replace(image, opened), add_special_tokens=False)[
-            "input_ids"
-        ]
+        ids = self._ids(text.replace(image, opened))
         at = ids.index(self.processor.image_token_id)
-        return Prompt(before=tuple(ids[:at]), after=tuple(ids[at + 1 :]))
+        return Prompt(before=ids[:at], after=ids[at + 1 :])
 
     def response_ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a response and its end-of-turn token."""
-        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return (*ids, self.end_of_turn_id)
+        """Token ids of a response and its end-of-turn token.
+
+        ValueError for a text with a special token, and for one that the tokens do not give back
+        (compared as written answers are, `vitask.names.canonical`).
+        """
+        ids = self.token_ids(text)
+        if mark := self.special_token(text):
+            raise InputError(
+                f"response {text!r} has {mark!r}, a special token of the VLM {self.name!r}, not a "
+                "text; leave it out"
+            )
+        if canonical(written := self.decode(ids)) != canonical(text):
+            raise InputError(
+                f"response {text!r} comes back from the tokens of the VLM {self.name!r} as "
+                f"{written!r}; write it with characters that the tokenizer knows"
+            )
+        return ids
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """The same ids for any text, unchecked."""
+        return (*self._ids(text), self.end_of_turn_id)
+
+    def special_token(self, text: str) -> str | None:
+        """A special token in a text, which the model would not see as letters; None if none is."""
+        if found := next((t for t in (*self.special.values(), *MARKS) if t in text), None):
+            return found
+        found_ids = (i for i in self._ids(text) if i in self.special)  # a normaliser may make one
+        return next((self.special[i] for i in found_ids), None)
+
+    @cached_property
+    def special(self) -> dict[int, str]:
+        """The tokenizer's special tokens by id, but for the one of unknown characters."""
+        tokenizer = self.processor.tokenizer
+        return {
+            number: token.content
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special and token.content and number != tokenizer.unk_token_id
+        }
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property
     def end_of_turn_id(self) -> int:
@@ -175,13 +292,14 @@ class VLM:
             prompt = self._render("?")
             whole = self._render("?", "!")
             tail = whole.removeprefix(prompt).removeprefix("!")
-            self._end_of_turn_id = self.processor.tokenizer(tail, add_special_tokens=False)[
-                "input_ids"
-            ][0]
+            self._end_of_turn_id = self._ids(tail)[0]
         return self._end_of_turn_id
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        """Token ids -> text, without special tokens; blanks before commas stay."""
+        return self.processor.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     def _render(self, instruction: str, answer: str | None = None) -> str:
         content = [{"type": "image"}, {"type": "text", "text": instruction}]
@@ -244,21 +362,17 @@ class VLM:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         return hidden.to(dtype) @ self.head.to(dtype).T
 
+    @property
+    def adapted(self) -> bool:
+        """Whether the model has adapters, or was tuned: then it is not the base VLM any more."""
+        return adapter.adapted(self.model)
+
     def add_lora(self, *, rank: int, alpha: int, dropout: float) -> None:
-        """Add trainable LoRA adapters to the language model's linear layers, in place (peft)."""
-        config = peft.LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            target_modules=LORA_TARGETS,
-            task_type="CAUSAL_LM",
-        )
-        with warnings.catch_warnings():
-            # peft reads a property of transformers by its old name.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            self.adapter = peft.get_peft_model(self.model, config)
-        # The name, not the path where it was found: other machines read the file that peft saves.
-        self.adapter.peft_config["default"].base_model_name_or_path = self.name
+        """Add trainable LoRA adapters to the language model's linear layers, in place (peft).
+
+        InputError for a VLM that has adapters already, or was tuned.
+        """
+        self.adapter = adapter.add(self.model, self.name, rank=rank, alpha=alpha, dropout=dropout)
 
     def vision_modules(self, trained: str) -> nn.ModuleDict:
         """The modules on the way to image tokens that are trained whole, for `recipe.trained`.
@@ -272,8 +386,9 @@ class VLM:
         return nn.ModuleDict({name: modules[name] for name in wanted})
 
     def load_adapter(self, folder: Path) -> None:
-        """Add saved LoRA adapters, frozen, in place."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            self.adapter = peft.PeftModel.from_pretrained(self.model, folder)
-        self.adapter.requires_grad_(False)
+        """Add saved LoRA adapters, frozen, in place.
+
+        InputError for a VLM that has adapters already, or was tuned. Damaged names the file, and
+        the field or the tensors that do not fit.
+        """
+        self.adapter = adapter.load(self.model, self.name, folder, REMEDY)

@@ -57,9 +57,16 @@ def data_folders(data_root: list[Path] | None) -> tuple[Path, ...]:
     return tuple(data_root or ())
 
 
-def split_names(text: str) -> tuple[str, ...]:
-    """The names in "a,b,c", each once."""
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+def split_names(text: str, known: Collection[str] = ()) -> tuple[str, ...]:
+    """The names in "a,b,c", each once; a known name may have commas, the longest counts."""
+    words, found = text.split(","), []
+    names = {name.strip(): name for name in known}
+    while words:
+        joined = (",".join(words[:count]).strip() for count in range(len(words), 1, -1))
+        name = next((one for one in joined if one in names), words[0].strip())
+        words = words[name.count(",") + 1 :]
+        found.append(names.get(name, name))
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def check_known(kind: str, name: str, known: Collection[str]) -> None:

@@ -1,5 +1,7 @@
-"""python -m bench data download | check."""
+"""python -m bench data download | check | ids."""
 
+import csv
+import io
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +10,7 @@ import typer
 from bench.commands.cli import (
     FAILED,
     Roots,
+    UnknownName,
     Unverified,
     check_known,
     clean,
@@ -28,10 +31,12 @@ def download(
 ) -> None:
     """Download official MedMNIST files and check their MD5."""
     from vitask.data import medmnist
+    from vitask.files import check_destination
 
     names = split_names(datasets) or medmnist.NAMES
     for name in names:
         check_known("MedMNIST set", name, medmnist.NAMES)
+    check_destination(root / "file", "ROOT")
     root.mkdir(parents=True, exist_ok=True)
     for name in names:
         typer.echo(str(medmnist.download(name, size, root)))
@@ -46,18 +51,25 @@ def check(
     size: Annotated[int, typer.Option(help="Pixels of the source images.")] = 28,
     allow_unverified: Unverified = "",
 ) -> None:
-    """Check files; report duplicates across splits and conflicting labels; exit 1 on bad files."""
+    """Check files; report duplicates across splits and conflicting labels; exit 1 on bad files.
+
+    Cards whose names cannot be used count as bad files.
+    """
     from vitask.data import SOURCES, load, spec
+    from vitask.data.card import faults
     from vitask.data.check import duplicates
     from vitask.data.loading import present
 
     check_known("data source", data, SOURCES)
     roots = data_folders(data_root)
+    wrong = [] if datasets or data != "medmnist" else faults(roots)
+    for text in wrong:
+        typer.echo(text, err=True)
     names = split_names(datasets) or present(data, roots, size)
     must_resolve(
         lambda: [spec(name, roots=roots) for name in (*names, *split_names(allow_unverified))]
     )
-    bad = 0
+    bad = len(wrong)
     for name in names:
         try:
             found = load(
@@ -79,3 +91,46 @@ def check(
             typer.echo(f"  {line}")
     if bad:
         raise typer.Exit(FAILED)
+
+
+@data_app.command()
+@clean
+def ids(
+    name: Annotated[str, typer.Argument(help="An external set, or a dataset with a card.")],
+    data_root: Roots = None,
+    size: Annotated[int, typer.Option(help="Pixels of the source images.")] = 28,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="CSV file; default: standard output.")
+    ] = None,
+) -> None:
+    """Which id in records stands for which file, patient or lesion. Keep it with the images."""
+    from vitask.data import card, external
+    from vitask.errors import boundary
+    from vitask.files import check_destination, write_text
+
+    roots = data_folders(data_root)
+    place = None if csv_file is None else check_destination(csv_file, "--csv")
+    if name in external.names("files", roots):
+        header, found = ("file", "id"), external.image_ids(name, roots)
+    elif card.begun(name, roots):
+        header, found = ("group", "digest"), card.groups(name, roots, size=size)
+        if not found:
+            raise UnknownName(
+                f"{name} has no groups, and its ids are places in the archive such as "
+                f"{name}/test/000012: no id stands for a name"
+            )
+    else:
+        looked = ", ".join(map(str, roots)) or "no data root: give --data-root"
+        known = ", ".join(external.READERS)
+        raise UnknownName(
+            f"no dataset {name!r} in {looked}; expected a folder of {known}, or a dataset with a "
+            "card. Ids of MedMNIST's sets are places in the archive"
+        )
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *found.items()])
+    told = text.getvalue().encode(errors="backslashreplace").decode()
+    if place is None:
+        typer.echo(told, nl=False)
+        return
+    with boundary(f"--csv {csv_file}", "name another file"):
+        write_text(place, told)

@@ -7,6 +7,7 @@ the model in batches and rows are written as they come, so memory does not grow 
 import csv
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,9 +19,9 @@ import typer
 
 from bench.commands.cli import UnknownName
 from vitask.card import read_card
-from vitask.data.images import image_files, read_image
-from vitask.errors import InputError
-from vitask.files import part_of
+from vitask.data.images import image_files, notes, read_image, unmistakable
+from vitask.errors import boundary
+from vitask.files import check_destination, part_of
 
 if TYPE_CHECKING:
     from vitask.checkpoint import VITask
@@ -38,13 +39,13 @@ def predict_folder(
     """Write the CSV to `output` (None: standard output); return the number of unreadable images.
 
     Images are resized to the recipe's source size without cropping, in colour or grey as the
-    dataset has them.
+    dataset has them. Standard error says which files are skipped and what the reader did.
 
     exemplar: None means with exemplar if the model was tuned with one
     batch_size: None means the recipe's score_batch_size
     """
-    recipe, specs = read_card(checkpoint)
-    name = _chosen(dataset, list(specs))
+    card = read_card(checkpoint)
+    recipe, name = card.recipe, _chosen(dataset, list(card.tasks))
     exemplar = recipe.exemplar if exemplar is None else exemplar
     if exemplar and not (checkpoint / "tsm.json").is_file():
         raise UnknownName(f"{checkpoint} has no task-specific model: give --no-exemplar")
@@ -61,7 +62,21 @@ def predict_folder(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = VITask.from_pretrained(checkpoint, device=device)
         model.recipe = replace(recipe, score_batch_size=batch_size or recipe.score_batch_size)
+        if (temperature := model.temperature(name, exemplar=exemplar)) != 1:
+            text = f"probabilities are at temperature {temperature:.3g}, fitted on validation data"
+            typer.echo(text, err=True)
         return _write(file, model, name, folder, files, exemplar)
+
+
+def columns(texts: Sequence[str], own: Sequence[str]) -> list[str]:
+    """A column's name for each candidate: its text, marked where the table has the name already."""
+    names: list[str] = []
+    for text in texts:
+        name = text
+        while name in own or (name != text and name in texts):
+            name = f"candidate {name}"
+        names.append(name)
+    return names
 
 
 def _chosen(dataset: str | None, known: list[str]) -> str:
@@ -81,16 +96,11 @@ def _destination(output: Path | None) -> Iterator[TextIO]:
     if output is None:
         yield sys.stdout
         return
-    try:
-        place = output.resolve()  # a link stays a link
-        if place.exists() and not (place.is_file() and os.access(place, os.W_OK)):
-            raise OSError(0, "what is there is not a file that you may replace")
+    place = check_destination(output, "--output")
+    with boundary(f"--output {output}", "name another file"):
         place.parent.mkdir(parents=True, exist_ok=True)
         part = part_of(place)
         file = part.open("w", encoding="utf-8", newline="")
-    except OSError as error:
-        text = f"--output {output} cannot be written: {error.strerror}; name another file"
-        raise InputError(text) from error
     try:
         with file:
             yield file
@@ -105,23 +115,26 @@ def _write(
 ) -> int:
     """The header, and batch by batch a row for each image; returns how many were unreadable."""
     spec, texts = model.tasks[name].spec, model.tasks[name].candidates.texts
+    side, done = model.recipe.source_size, Counter[str]()
     # on the face of everything that phantom data made
-    mark = {"trained_on": "PHANTOM data"} if "phantom" in spec.source else {}
+    mark = {"trained_on": "PHANTOM data"} if "vitask/data/phantom.py" in spec.source else {}
     table = csv.writer(file, lineterminator="\n")
     size, unreadable = model.recipe.score_batch_size, 0
-    table.writerow(["file", *mark, "answer", "generated", "error", *texts])
+    own = ["file", *mark, "answer", "generated", "error"]
+    table.writerow([*own, *columns(texts, own)])
     for start in range(0, len(files), size):
         batch, images, rows = files[start : start + size], {}, {}
         for path in batch:
             try:
-                images[path] = read_image(folder / path, model.recipe.source_size, spec.n_channels)
+                images[path] = read_image(folder / path, side, spec.n_channels, done=done)
             except ValueError as error:
                 rows[path] = [*("" for _ in mark), "", "", str(error), *("" for _ in texts)]
         unreadable += len(rows)
         if images:
-            tokens = model.image_tokens(np.stack([*images.values()]), exemplar=exemplar)
+            pixels = unmistakable(np.stack([*images.values()]))
+            tokens = model.image_tokens(pixels, exemplar=exemplar)
             scores = model.score(name, tokens)
-            probability = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+            probability = model.probability(name, scores, exemplar=exemplar)
             for path, text, p in zip(images, model.write(name, tokens), probability, strict=True):
                 digits = [f"{value:.6f}" for value in p]
                 rows[path] = [*mark.values(), texts[p.argmax()], text, "", *digits]
@@ -129,4 +142,6 @@ def _write(
             cells = [path.as_posix(), *rows[path]]
             table.writerow([cell.encode(errors="backslashreplace").decode() for cell in cells])
         file.flush()  # whoever reads along sees whole batches
+    for text in notes(done):
+        typer.echo(text, err=True)
     return unreadable

@@ -64,7 +64,7 @@ def _record(folder: Path, record: Record, datasets: Mapping[str, Dataset]) -> li
         return [f"{name}: {text}" for name, text in wrong.items() if text]
     items = {name: Items.of(card) for name, card in record.items.items()}
     predictions = [sample.prediction for sample in samples.values()]
-    outcome = Outcome(record.method, predictions, items=items)
+    outcome = Outcome(record.method, predictions, items=items, thresholds=record.thresholds)
     again = judge(suite(record.suite), outcome, datasets)
     found = [
         f"{name}: {metric} is {value} from the samples, {said} in the record"

@@ -39,7 +39,10 @@ class Answers:
         known = None
         if spec.multi_label:
             known = Candidates.of_card(record.candidates[dataset], len(spec.classes))
-        return scored(spec, sample.labels, sample.prediction, known)
+        threshold = record.thresholds.get(dataset)
+        return scored(
+            spec, sample.labels, sample.prediction, known, threshold=threshold, groups=sample.groups
+        )
 
     def weights(self, dataset: str) -> np.ndarray:
         """How often each image of a dataset is drawn, uint16 (2000, n)."""

@@ -10,7 +10,7 @@ import pandas as pd
 
 from bench.errors import ROOT
 from bench.runs.records import Record
-from bench.suite import Suite
+from bench.suite import Suite, shown, table
 
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -19,6 +19,7 @@ ENVIRONMENT = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
     autoescape=False,
 )
+ENVIRONMENT.filters["shown"] = shown
 SIGNIFICANT = 0.05
 SMALL_TEST = 500  # images; below, a row is flagged
 MOST_COLUMNS = 8  # of a table; with more methods each is a line
@@ -53,7 +54,7 @@ def page(
         ),
         intervals=bool(frame["ci_low"].notna().any()),
         scored=bool((frame["metric"] == "macro_f1").any()),
-        tables=[(title, table) for title, table in [*tables, *sections] if table],
+        tables=[(title, text) for title, text in [*tables, *sections] if text],
         figures=sorted(figures),
         unverified=_named(suite, first, lambda card: not card["md5_ok"]),
         small=_named(suite, first, lambda card: card["images"]["test"] < SMALL_TEST),
@@ -94,16 +95,9 @@ def _table(frame: pd.DataFrame, suite: Suite, metric: str) -> str:
         return ""
     wide = len(methods) <= MOST_COLUMNS
     down, across = (datasets, methods) if wide else (methods, datasets)
-    lines = [[one, *(cells.get((one, m) if wide else (m, one), "–") for m in across)]
+    lines = [[shown(one), *(cells.get((one, m) if wide else (m, one), "–") for m in across)]
              for one in down]  # fmt: skip
-    return markdown(["dataset" if wide else "method", *across], lines)
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table as Markdown."""
-    rule = "|---" * len(head) + "|"
-    return "\n".join(["| " + " | ".join(head) + " |", rule,
-                      *("| " + " | ".join(line) + " |" for line in lines)])  # fmt: skip
+    return table(["dataset" if wide else "method", *map(shown, across)], lines)
 
 
 def _cell(row: dict[str, Any], *, lower_is_better: bool) -> str:
@@ -133,5 +127,5 @@ def _published(suite: Suite) -> str:
     path = ROOT / "leaderboards" / "published" / suite.published.file
     if not path.is_file():
         return f"({path.name} is missing: published tables come with the repository)"
-    table = pd.read_csv(path, dtype=str).fillna("–")
-    return markdown(list(table.columns), table.itertuples(index=False, name=None))
+    found = pd.read_csv(path, dtype=str).fillna("–")
+    return table(list(found.columns), found.itertuples(index=False, name=None))

@@ -143,5 +143,6 @@ def write_record(
         key=record_key(job.key, outcome.method, seed), **job.data_cards(),
         candidates=judged.candidates, samples_sha256=digest, metrics=judged.metrics,
         confusion=judged.confusion, extras=outcome.extras, items=judged.items,
+        thresholds=outcome.thresholds,
         commit=commit(), hardware=hardware(), measured=measured,
     ).write(place)  # fmt: skip

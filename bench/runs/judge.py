@@ -34,7 +34,10 @@ def judge(suite: Suite, outcome: Outcome, datasets: Mapping[str, Dataset]) -> Ju
         known = candidates(dataset.spec, dataset.splits["train"].labels)
         if dataset.spec.multi_label:
             found.candidates[name] = candidates_card(known, test)
-        data = scored(dataset.spec, test, prediction, known)
+        data = scored(
+            dataset.spec, test, prediction, known,
+            threshold=outcome.thresholds.get(name), groups=dataset.splits["test"].groups,
+        )  # fmt: skip
         found.metrics[name] = plain(measure(data))
         found.confusion[name] = confusion(data)
     for name, items in outcome.items.items():

@@ -1,17 +1,24 @@
-"""Trained models on disk, found again by the key of what made them and never by name alone."""
+"""Trained models on disk, found again by the key of what made them and never by name alone.
 
-import json
+A damaged model, or one with a damaged note, is set aside and trained again; nothing is deleted.
+"""
+
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vitask.files import part_of, remove, write_text
+from vitask.card import EARLIER, NOTE
+from vitask.errors import Damaged, boundary
+from vitask.files import digests, part_of, remove, told_apart
 from vitask.memory import Held
+from vitask.sealed import SEAL, Fields, check_files, write_sealed
 
 Model = TypeVar("Model")
-NOTE = "training.json"  # in a model's folder
+DAMAGED = "damaged"  # the folder of models that were set aside
+REMEDY = "the model is trained again where it is needed"
+FULL = "free space there, or give another --out"
 
 
 def kept(
@@ -22,6 +29,8 @@ def kept(
     prepare: Callable[[], Callable[[], tuple[Model, Any]]],
     save: Callable[[Model, Path], None],
     load: Callable[[Path], Model],
+    *,
+    say: Callable[[str], None] = print,
 ) -> tuple[Model, dict[str, Any]]:
     """The model of this key under `place`, whatever its name, and the note on its training.
 
@@ -32,10 +41,16 @@ def kept(
 
     The note holds key, suite, log, seconds and peak_mib (beyond the memory held before).
     `found` says whether the model existed.
+
+    say: is told of every damaged model that is set aside
     """
-    for folder, note in notes(place):
+    for folder, note in _whole(place, say):
         if note["key"] == key:
-            return load(folder), note | {"found": True}
+            try:
+                check_files(folder, note.pop("files"), REMEDY)
+                return load(folder), note | {"found": True}
+            except Damaged as error:
+                _set_aside(folder, error, say)
     train = prepare()
     start = time.perf_counter()
     with Held() as held:
@@ -43,29 +58,94 @@ def kept(
     seconds = round(time.perf_counter() - start, 2)
     folder = place / name
     part = part_of(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    remove(part)
+    with boundary(place, FULL):
+        place.mkdir(parents=True, exist_ok=True)
+        remove(part)
     save(model, part)
-    note = {"key": key, "suite": suite, "log": log}
-    note |= {"seconds": seconds, "peak_mib": round(held.mib)}
-    write_text(part / NOTE, json.dumps(note, indent=1) + "\n")
-    if folder.exists():
-        older = json.loads((folder / NOTE).read_text("utf-8"))["key"] if noted(folder) else "old"
-        os.replace(folder, place / f"{name}-{older[:8]}")
-    os.replace(part, folder)
-    return load(folder), json.loads(json.dumps(note)) | {"found": False}
-
-
-def noted(folder: Path) -> bool:
-    return (folder / NOTE).is_file()
-
-
-def notes(place: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Every whole model under a folder, and its note."""
-    found = sorted(path for path in place.glob(f"*/{NOTE}") if not path.parent.name.startswith("."))
-    return [(path.parent, json.loads(path.read_text("utf-8"))) for path in found]
+    made = {"key": key, "suite": suite, "log": log}
+    made |= {"seconds": seconds, "peak_mib": round(held.mib)}
+    with boundary(place, FULL):
+        write_sealed(part / NOTE, made | {"files": digests(part)})
+        if os.path.lexists(folder):
+            _make_room(folder, say)
+        os.replace(part, folder)
+    note = _note(folder)
+    del note["files"]
+    return load(folder), note | {"found": False}
 
 
 def models_of(place: Path, suite: str) -> list[Path]:
-    """The models that were trained for a suite."""
-    return [folder for folder, note in notes(place) if note.get("suite") == suite]
+    """What was saved for a suite: folders of models, or their files where there are others too."""
+    found: list[Path] = []
+    for folder in _folders(place):
+        try:
+            note = _note(folder)
+        except Damaged:
+            continue
+        if note["suite"] == suite:
+            ours, others = told_apart(folder, {*(note["files"] or EARLIER), NOTE})
+            found += ours if others else [folder]
+    return found
+
+
+def _folders(place: Path) -> list[Path]:
+    """Every folder with a note."""
+    found = (path.parent for path in place.glob(f"*/{NOTE}"))
+    return sorted(folder for folder in found if not folder.name.startswith("."))
+
+
+def _whole(place: Path, say: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every model whose note is whole, and its note; the others are set aside."""
+    for folder in _folders(place):
+        try:
+            note = _note(folder)
+        except Damaged as error:
+            _set_aside(folder, error, say)
+        else:
+            yield folder, note
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    """A model's note; Damaged names the file and the field.
+
+    files: empty, and suite None, in notes of earlier versions
+    """
+    fields = Fields(folder / NOTE, REMEDY)
+    files: dict[str, str] = {}
+    if "files" in fields.values or SEAL in fields.values:
+        fields.check_seal()
+        files = fields.digests("files")
+    for name, kind in (("key", str), ("seconds", float), ("peak_mib", float)):
+        fields.of(name, kind)
+    if "log" not in fields.values:
+        raise fields.damaged("it lacks the field 'log'")
+    fields.values.pop(SEAL, None)
+    return {"suite": None} | fields.values | {"files": files}
+
+
+def _make_room(folder: Path, say: Callable[[str], None]) -> None:
+    """Give what has a model's name another one: an older model's has its key."""
+    try:
+        older = _note(folder)["key"]
+    except Damaged as error:
+        _set_aside(folder, error, say)
+    else:
+        os.replace(folder, _free(folder.with_name(f"{folder.name}-{older[:8]}")))
+
+
+def _set_aside(folder: Path, error: Damaged, say: Callable[[str], None]) -> None:
+    """Move a folder to the damaged ones and say so."""
+    with boundary(folder, "make the folder beside it writable"):
+        (folder.parent / DAMAGED).mkdir(exist_ok=True)
+        target = _free(folder.parent / DAMAGED / folder.name)
+        os.replace(folder, target)
+    say(f"{error}; nothing was deleted, it is now {target}")
+
+
+def _free(path: Path) -> Path:
+    """The path, with a number if it is taken."""
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -10,7 +10,7 @@ from typing import Any
 from bench.runs import ingredients as of
 from bench.runs.environment import versions
 from bench.runs.records import Record
-from bench.runs.work import SCORED_IMAGE, images_of, training_units
+from bench.runs.work import SCORED_IMAGE, check_models, images_of, training_units
 from bench.suite import Suite, suite
 from vitask.data import load
 from vitask.data.check import torn_groups
@@ -61,6 +61,11 @@ class Plan:
 
     def datasets(self) -> dict[str, Dataset]:
         """All datasets, checked before anything is computed, cut to the recipe's size."""
+        if self.limit is not None and self.limit < 2:
+            raise InputError(
+                f"--limit {self.limit} leaves one image a split; expected 2 or more: losses and "
+                "checks compare images with each other"
+            )
         found = {}
         for name in self.names:
             dataset = load(
@@ -106,6 +111,17 @@ class Job:
             loaded[key] = plan.datasets()
         datasets = loaded[key]
         return cls(suite, plan, datasets, suite.evaluated(plan, datasets))
+
+    def check_models(self, checked: set[Any]) -> None:
+        """InputError for a model that cannot be used; `checked`: by earlier suites of a run."""
+        models = self.suite.models(self.plan.recipe)
+        check_models(models, images_of(self.datasets), checked)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was done to the files of the data, for the user."""
+        everything = self.datasets | self.evaluated
+        return [f"{name}: {text}" for name, found in everything.items() for text in found.notes]
 
     @property
     def units(self) -> float:

@@ -64,6 +64,7 @@ class Record:
     commit: str
     hardware: dict[str, Any]
     items: dict[str, dict[str, Any]] = field(default_factory=dict)  # per dataset: bench.stats.items
+    thresholds: dict[str, float] = field(default_factory=dict)  # per two-class dataset
     # seconds and peak_mib since the method before it (shared work counts for the first method
     # that needs it), values, sha256
     measured: dict[str, Any] = field(default_factory=dict)
@@ -94,10 +95,11 @@ class Record:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _content(self) -> dict[str, Any]:
-        """Its fields; items only if it has some."""
+        """Its fields; items and thresholds only if it has some."""
         content = asdict(self)
-        if not self.items:
-            del content["items"]
+        for name in ("items", "thresholds"):
+            if not content[name]:
+                del content[name]
         return content
 
     @classmethod

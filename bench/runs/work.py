@@ -5,7 +5,7 @@ versions, code), never by its name: suites that need the same model train it onc
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,9 @@ from bench.runs.ingredients import model_ingredients
 from bench.runs.keys import key
 from bench.runs.models import kept
 from bench.suite import Outcome, Suite, Training
-from vitask.checkpoint import Task, VITask
+from vitask.calibration import calibrate
+from vitask.card import Task
+from vitask.checkpoint import VITask
 from vitask.data.spec import Dataset
 from vitask.data.subset import fraction
 from vitask.decision import rounded
@@ -29,7 +31,7 @@ from vitask.recipes import Recipe, vanilla
 from vitask.score import Prediction
 from vitask.selfcheck import check_image_sensitivity
 from vitask.train import tune
-from vitask.tsm import TSM, train_tsm
+from vitask.tsm import TSM, check_tsm, train_tsm
 from vitask.vlm import VLM
 
 if TYPE_CHECKING:
@@ -97,6 +99,10 @@ class Work:
         """Instruction and candidates of each dataset."""
         return {name: Task.of(dataset) for name, dataset in self.everything.items()}
 
+    def check_texts(self) -> None:
+        """ValueError, before anything is trained, for a text that the VLM cannot carry."""
+        assert self.untuned.tasks  # made from the VLM and all tasks, so checked there
+
     @property
     def everything(self) -> dict[str, Dataset]:
         """Datasets that are trained on or tested on."""
@@ -139,7 +145,14 @@ class Work:
         cost = TSM_SAMPLE * images_of(self.datasets) * training.share * planned
 
         def train() -> tuple[TSM, Any]:
-            return train_tsm(datasets, recipe, self.seed, on_epoch=self._on_epoch(cost, training))
+            self.check_texts()
+            on_epoch = self._on_epoch(cost, training)
+            model, curve = train_tsm(datasets, recipe, self.seed, on_epoch=on_epoch)
+            found = {}
+            for name, dataset in datasets.items():
+                val = classified(model, name, dataset.splits["val"].images, dataset)
+                found[name] = asdict(calibrate(val, dataset, Task.of(dataset).candidates))
+            return model, {"validation": curve, "calibration": found}
 
         def save(model: TSM, folder: Path) -> None:
             folder.mkdir()
@@ -196,9 +209,13 @@ class Work:
         if note.pop("found"):
             self._skip(cost * recipe.epochs, training)
         # Its candidates are the scored datasets': these may differ from those it was tuned on.
-        asked = VITask(
-            model.vlm, model.recipe, self.tasks, tsm=model.tsm, connector=model.connector
-        )
+        tasks = {
+            name: replace(task, calibration=model.tasks[name].calibration)
+            if name in model.tasks
+            else task
+            for name, task in self.tasks.items()
+        }
+        asked = VITask(model.vlm, model.recipe, tasks, tsm=model.tsm, connector=model.connector)
         return Tuned(asked, note, exemplar)
 
     def exemplar(
@@ -239,7 +256,7 @@ class Work:
         place = self.folder / "checkpoints"
         model, note = kept(
             place, f"{self.prefix}{training.name}-seed{self.seed}", key(ingredients), self.suite,
-            prepare, save, load,
+            prepare, save, load, say=self.progress.note,
         )  # fmt: skip
         note["found"] = note["found"] and note["key"] not in self._used  # counted once
         self._used.add(note["key"])
@@ -267,7 +284,8 @@ class Work:
             datasets = fraction(self.datasets, training.share)
             if training.kind == "tsm":
                 tsm = self.tsm(training, datasets)
-                yield self.outcome(methods[False], self.classify(tsm.model), tsm.note)
+                thresholds = {n: c["threshold"] for n, c in tsm.note["log"]["calibration"].items()}
+                yield self.outcome(methods[False], self.classify(tsm.model), tsm.note, thresholds)
                 continue
             teacher = self.tsm(models[training.tsm], datasets) if training.recipe.exemplar else None
             tuned = self.tuned(training, teacher, datasets)
@@ -275,7 +293,11 @@ class Work:
             found = self._predictions(tuned.model, ways, suite.writes)
             for exemplar, predictions in zip(sorted(methods), found, strict=True):
                 if methods[exemplar] in wanted:
-                    yield self.outcome(methods[exemplar], predictions, tuned.note)
+                    mode = "with" if exemplar else "without"
+                    tasks = tuned.model.tasks
+                    fitted = {n: t.calibration[mode] for n, t in tasks.items() if t.calibration}
+                    thresholds = {name: one.threshold for name, one in fitted.items()}
+                    yield self.outcome(methods[exemplar], predictions, tuned.note, thresholds)
 
     def _predictions(
         self, model: VITask, ways: Sequence[Features | None], write: bool
@@ -306,12 +328,24 @@ class Work:
         ]
 
     def outcome(
-        self, method: str, predictions: list[Prediction], note: "dict[str, Any] | None" = None
+        self,
+        method: str,
+        predictions: list[Prediction],
+        note: "dict[str, Any] | None" = None,
+        thresholds: Mapping[str, float | None] | None = None,
     ) -> Outcome:
-        """A method's predictions as an outcome, with the note on its model."""
+        """A method's predictions as an outcome, with the note on its model.
+
+        thresholds: of two-class datasets, chosen on their val splits; see `Calibration`
+        """
         self.scored(method)
         extras = {} if note is None else {"tuning": note["log"], "changed": note["changed"]}
-        return Outcome(method, [rounded(p) for p in predictions], extras)
+        known = {
+            name: value
+            for name, value in (thresholds or {}).items()
+            if value is not None and name in self.evaluated
+        }
+        return Outcome(method, [rounded(p) for p in predictions], extras, thresholds=known)
 
     # Progress
 
@@ -330,6 +364,36 @@ class Work:
             self.progress.advance(cost, f"{self.suite}: {where}", finished=epoch == epochs)
 
         return on_epoch
+
+
+def check_models(models: Mapping[str, Training], images: int, checked: set[Any]) -> None:
+    """InputError for a base VLM or TSM that cannot be used, before anything is trained.
+
+    models: of a suite, by its names; images: all training images; checked: what earlier suites
+    asked, so that nothing is tried twice
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for training in models.values():
+        recipe, kind = training.recipe, "cls"
+        if training.kind == "vlm":
+            vlm = (recipe.vlm, recipe.precision)
+            if vlm not in checked:
+                VLM.check(recipe.vlm, dtype=getattr(torch, recipe.precision), device=device)
+                checked.add(vlm)
+            if not recipe.exemplar or training.tsm not in models:
+                continue
+            kind, recipe = feature_kind(recipe.variant), models[training.tsm].recipe
+        size, pretrained, batch = (
+            recipe.tsm_image_size,
+            recipe.tsm_pretrained,
+            recipe.tsm_batch_size,
+        )
+        tsm = (recipe.tsm, size, kind, pretrained, min(batch, images) == 1)
+        if tsm not in checked:
+            check_tsm(
+                recipe.tsm, size, kind, pretrained=pretrained, batch_size=batch, images=images
+            )
+            checked.add(tsm)
 
 
 def classified(tsm: TSM, name: str, images: np.ndarray, dataset: Dataset) -> Prediction:

@@ -30,8 +30,10 @@ def measure(
     if weights is None:
         weights = np.ones((1, len(data.labels)))
     sums = {name: weights @ column for name, column in columns(data).items()}
-    of_ranks = auc(data, weights) if ranks else np.full(len(weights), np.nan)
-    return finish(data.spec, sums, of_ranks)
+    done = finish(data.spec, sums, dict.fromkeys(of_ranks(data), np.full(len(weights), np.nan)))
+    if ranks:
+        done |= {name: auc(one, weights[:, at]) for name, (one, at) in of_ranks(data).items()}
+    return done
 
 
 def confusion(data: Scored) -> list[list[int]]:
@@ -72,7 +74,49 @@ def columns(data: Scored) -> Columns:
         done["distance"] = (data.labels - data.predicted)[:, None].astype(float) ** 2
     if data.generated is not None:
         done |= _generated(spec, true, data.labels, data.generated)
+    if data.threshold is not None:
+        done |= _of_two("", data)
+        if data.groups is not None:
+            patients, first = by_patient(data)
+            for name, column in _of_two("patient_", patients).items():
+                done[name] = np.zeros((n, 1))
+                done[name][first] = column
     return done
+
+
+def _of_two(kind: str, data: Scored) -> Columns:
+    """Summands of sensitivity and specificity: class 1 against class 0, at the threshold."""
+    positive, named = data.labels == 1, data.probability[:, -1] >= data.threshold
+    found = {
+        "positive": positive, "true_positive": positive & named,
+        "negative": ~positive, "true_negative": ~positive & ~named,
+    }  # fmt: skip
+    return {f"{kind}{name}": column[:, None].astype(float) for name, column in found.items()}
+
+
+def by_patient(data: Scored) -> tuple[Scored, np.ndarray]:
+    """One row a patient, and the number of its first image, (patients,).
+
+    Its probability is the mean over its images; it is positive if one of its images is. The images
+    of a patient are drawn and swapped together, so the weight of the first is that of all.
+    """
+    assert data.groups is not None
+    _, first, member = np.unique(data.groups, return_index=True, return_inverse=True)
+    labels = np.zeros(len(first), dtype=np.int64)
+    np.maximum.at(labels, member, data.labels)
+    probability = np.zeros((len(first), 2))
+    np.add.at(probability, member, data.probability)
+    probability /= np.bincount(member)[:, None]
+    predicted = probability.argmax(1)
+    return Scored(data.spec, labels, probability, predicted, None, data.threshold), first
+
+
+def of_ranks(data: Scored) -> dict[str, tuple[Scored, np.ndarray]]:
+    """AUC's names -> the answers that it ranks, and the number of each one's image."""
+    found = {"auc": (data, np.arange(len(data.labels)))}
+    if data.threshold is not None and data.groups is not None:
+        found["patient_auc"] = by_patient(data)
+    return found
 
 
 def _generated(
@@ -105,8 +149,10 @@ def _indicator(spec: DatasetSpec, labels: np.ndarray) -> np.ndarray:
 # Metrics
 
 
-def finish(spec: DatasetSpec, sums: Sums, auc: np.ndarray) -> dict[str, np.ndarray]:
-    """Metrics from sums over images; `auc` is put among them."""
+def finish(
+    spec: DatasetSpec, sums: Sums, ranked: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Metrics from sums over images; those of ranks (AUC) are put among them."""
     total = sums["count"]
 
     def share(name: str) -> np.ndarray:
@@ -121,13 +167,20 @@ def finish(spec: DatasetSpec, sums: Sums, auc: np.ndarray) -> dict[str, np.ndarr
     done = {
         "accuracy": share("right"),
         "macro_f1": _f1(hit, support, named).mean(1),
-        "auc": auc,
+        "auc": ranked["auc"],
         "medmnist_acc": share("medmnist"),
         "balanced_accuracy": _mean_of_defined(balanced),
         "ece": np.abs(sums["calibration"]).sum(1) / total[:, 0] / widths,
     }
     if spec.task == "ordinal-regression":
         done["qwk"] = _quadratic_kappa(sums)
+    for kind in ("", "patient_"):
+        if f"{kind}positive" in sums:
+            if f"{kind}auc" in ranked:
+                done[f"{kind}auc"] = ranked[f"{kind}auc"]
+            hits, spared = sums[f"{kind}true_positive"], sums[f"{kind}true_negative"]
+            done[f"{kind}sensitivity"] = _divide(hits, sums[f"{kind}positive"])[:, 0]
+            done[f"{kind}specificity"] = _divide(spared, sums[f"{kind}negative"])[:, 0]
     for number, name in enumerate(spec.classes):
         done[f"recall:{name}"] = recall[:, number]
     if "gen_right" in sums:

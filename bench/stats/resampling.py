@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from bench.stats.metrics import columns, finish, measure, one_against_rest
+from bench.stats.metrics import columns, finish, measure, of_ranks, one_against_rest
 from vitask.decision import Scored
 
 RESAMPLES = 2000
@@ -66,27 +66,29 @@ class _Pair:
         ours_at, theirs_at = (np.hstack([c[name] for name in shared]) for c in (mine, theirs))
         self._ours, self._theirs = ours_at.sum(0), theirs_at.sum(0)
         self._change = theirs_at - ours_at  # (n, columns)
-        self._auc, self._auc_change = _auc_difference(ours, reference)
+        both = [name for name in of_ranks(ours) if name in of_ranks(reference)]
+        self._auc = {name: _auc_difference(ours, reference, name) for name in both}
 
     def __call__(self, swap: np.ndarray) -> dict[str, np.ndarray]:
         change = swap @ self._change
         mine, theirs = self._metrics(self._ours + change), self._metrics(self._theirs - change)
         done = {name: mine[name] - theirs[name] for name in mine}
-        done["auc"] = self._auc + swap @ self._auc_change
-        return done
+        return done | {name: value + swap @ by for name, (value, by) in self._auc.items()}
 
     def _metrics(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         named = dict(zip(self._names, np.split(sums, self._cuts, axis=1), strict=True))
-        return finish(self._spec, named, np.zeros(len(sums)))
+        return finish(self._spec, named, dict.fromkeys(self._auc, np.zeros(len(sums))))
 
 
-def _auc_difference(ours: Scored, reference: Scored) -> tuple[float, np.ndarray]:
+def _auc_difference(ours: Scored, reference: Scored, name: str) -> tuple[float, np.ndarray]:
     """AUC of ours minus reference, and its change when an image's answers are swapped, (n,).
 
     With both methods' answers side by side, an AUC is w_p M w_n / (p n): M says which positive
     answer beats which negative one, w which answers a method uses. The other method uses 1 - w, so
     their difference (w_p M 1 + 1 M w_n - 1 M 1) / (p n) is linear in w.
     """
+    images = len(ours.labels)
+    (ours, at), (reference, _) = of_ranks(ours)[name], of_ranks(reference)[name]
     count = len(ours.labels)
     values, changes = [], []
     for (mine, positive), (theirs, _) in zip(
@@ -104,8 +106,10 @@ def _auc_difference(ours: Scored, reference: Scored) -> tuple[float, np.ndarray]
         values.append((beats[:count].sum() - beats[label].sum()) / pairs)
         changes.append((beats[count:] - beats[:count]) / pairs)
     if not values:
-        return float("nan"), np.full(count, np.nan)
-    return float(np.mean(values)), np.mean(changes, axis=0)
+        return float("nan"), np.full(images, np.nan)
+    of_images = np.zeros(images)
+    of_images[at] = np.mean(changes, axis=0)
+    return float(np.mean(values)), of_images
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.runs.work import Work
 from bench.stats.resampling import interval
-from bench.suite import FOUR, Method, Outcome, Suite, pick
+from bench.suite import FOUR, Method, Outcome, Suite, pick, table
 from vitask.calibration import (
     COVERAGES,
     abstention,
@@ -71,7 +71,7 @@ class Calibration(Suite):
     def sections(self, records: "Sequence[Record]", answers: "Answers") -> list[tuple[str, str]]:
         """Accuracy on the answered images, by the share of the validation split answered."""
         head = [f"{coverage:.0%} of validation" for coverage in COVERAGES]
-        lines = ["| method | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+        lines = []
         plain = {(r.method, r.seed): r for r in records}
         for kind in (one.name for one in FOUR):
             curves, drawn = [], []
@@ -87,8 +87,8 @@ class Calibration(Suite):
                 f"{accuracy:.3f} [{low:.3f}, {high:.3f}] ({share:.0%})"
                 for (_, share, accuracy), (low, high) in means
             ]
-            lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-        return [(TITLE, "\n".join(lines))]
+            lines.append([kind, *cells])
+        return [(TITLE, table(["method", *head], lines))]
 
 
 def _of(predictions: list[Prediction]) -> Scores:

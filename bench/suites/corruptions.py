@@ -18,9 +18,10 @@ import numpy as np
 from bench.runs.work import TrainedTSM, Tuned, Work, classified
 from bench.stats.metrics import measure
 from bench.stats.resampling import interval
-from bench.suite import FOUR, Metric, Outcome, Suite, pick
+from bench.suite import FOUR, Metric, Outcome, Suite, pick, shown, table
 from vitask.data import corruption as medmnist_c
 from vitask.data.corruption import MARK, base_of, described
+from vitask.data.images import unmistakable
 from vitask.data.spec import Dataset
 from vitask.data.subset import subset
 from vitask.decision import scored
@@ -99,19 +100,19 @@ class Corruptions(Suite):
     def sections(self, records: "Sequence[Record]", answers: "Answers") -> list[tuple[str, str]]:
         """By severity, and which corruptions or errors are missing."""
         first = records[0]
-        lines = ["| dataset | method | clean | 1 | 2 | 3 | 4 | 5 |", "|---" * 8 + "|"]
+        head, lines = ["dataset", "method", "clean", "1", "2", "3", "4", "5"], []
         corrupted = {base_of(name) for name in first.extras["severities"]}
         for base in (name for name in first.trained_on if name in corrupted):
             weights = answers.weights(base).astype(float)
             for method in (m.name for m in self.methods):
                 mine = [r for r in records if r.method == method]
                 cells = _by_severity(mine, answers, base, weights)
-                lines.append(f"| {base} | {method} | " + " | ".join(cells) + " |")
-        found = [(BY_SEVERITY, "\n".join(lines))] if len(lines) > 2 else []
+                lines.append([shown(base), method, *cells])
+        found = [(BY_SEVERITY, table(head, lines))] if lines else []
         if lacking := missing(first):
-            lines = ["| dataset | what | why |", "|---|---|---|"]
-            lines += [f"| {' | '.join(row)} |" for row in lacking]
-            found.append(("Of MedMNIST-C, but not available here", "\n".join(lines)))
+            rows = [[shown(base), what, shown(why)] for base, what, why in lacking]
+            own = table(["dataset", "what", "why"], rows)
+            found.append(("Of MedMNIST-C, but not available here", own))
         return found
 
 
@@ -127,6 +128,7 @@ def _answers(
             spec = work.datasets[base].spec
             work.cache[place] = medmnist_c.corrupted(images, spec, corruption)
         images = work.cache[place]
+    images = unmistakable(images)
     image = vitask.model.vlm.image_features(images)
     features = tsm.model.features(images, vitask.model.feature_kind)
     without, with_ep = vitask.model.score_both(base, image, features)

@@ -17,6 +17,7 @@ import numpy as np
 
 from bench.runs.work import Tuned, Work
 from bench.suite import FOUR, Metric, Outcome, Suite
+from vitask.data.images import unmistakable
 from vitask.parameters import parameters
 
 MEASURED = ("training_seconds", "training_peak_mib", "images_per_second")
@@ -57,7 +58,7 @@ class Cost(Suite):
                 notes[method] = [tuned[kind].note, *([tsm.note] if kind == "vitask" else [])]
                 answers[method] = partial(model.predict, name, exemplar=exemplar)
             costs[method] = parameters(model, tsm.model, exemplar=exemplar)
-        rates = _rates(answers, dataset.splits["test"].images[:IMAGES])
+        rates = _rates(answers, unmistakable(dataset.splits["test"].images[:IMAGES]))
         for method, values in costs.items():
             values["training_seconds"] = sum(note["seconds"] for note in notes[method])
             values["training_peak_mib"] = max(note["peak_mib"] for note in notes[method])

@@ -1,12 +1,14 @@
 """The command line: answers, files, messages and exit codes."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from bench.__main__ import app
@@ -396,3 +398,59 @@ def test_a_train_split_of_one_class_is_named():
     one = {"breastmnist": subset(load("breastmnist", source="phantom"), train=1)}
     with pytest.raises(ValueError, match=r"breastmnist: its 1 training image\(s\).*--limit"):
         linear_probe(one, Features(one, lambda images: images))
+
+
+@pytest.mark.parametrize("word", ["list", "verify"])
+def test_another_locale_changes_no_answer(plan, word):
+    """Records hold "±" and "→"; a terminal without them prints escapes."""
+    words = ["run", "cheap", "--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
+    assert bench(*words).exit_code == 0
+    (folder,) = plan.out.iterdir()
+    code = (
+        "import sys, runpy; sys.path.insert(0, 'tests/bench')\n"
+        "from bench.suite import SUITES; SUITES['cheap'] = 'cheap_suite'\n"
+        "runpy.run_module('bench', run_name='__main__')\n"
+    )
+    environment = os.environ | {
+        "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code, word, *([str(folder)] if word == "verify" else [])],
+        cwd=ROOT, env=environment, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert word == "list" or b"3 record(s) of cheap: ok" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(28, "No space left on device", "x/a.json"), "x/a.json: No space left on device"),
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "lower the recipe's batch sizes"),
+    ],
+)
+def test_faults_of_the_machine_are_told_in_a_line(plan, monkeypatch, error, text):
+    """And the work that is complete is kept."""
+    of = suite("cheap")
+    whole = of.run
+
+    def stops(work, wanted):
+        yield next(whole(work, wanted))
+        raise error
+
+    words = ["--recipe", "tiny", "--datasets", "breastmnist", "--out", plan.out]
+    with monkeypatch.context() as patched:
+        patched.setattr(of, "run", stops)
+        done = bench("run", "cheap", *words)
+    assert done.exit_code == 1
+    assert f"failed: cheap: {text}" in done.output or text in done.output
+    assert "Traceback" not in done.output
+    assert "1 of 3 methods were computed before" in bench("run", "cheap", *words).output
+
+
+def test_one_image_a_split_is_refused_before_anything_runs(plan):
+    done = bench("run", "cheap", "--recipe", "tiny", "--limit", 1, "--out", plan.out)
+    assert done.exit_code == 1
+    assert "expected 2 or more" in done.output
+    assert not list(plan.out.glob("*/records"))

@@ -18,7 +18,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from bench.__main__ import app
-from vitask.checkpoint import Task, VITask
+from vitask.card import Task
+from vitask.checkpoint import VITask
 from vitask.data import load
 from vitask.data.images import read_image
 from vitask.exemplar import ExemplarConnector
@@ -29,6 +30,12 @@ from vitask.vlm import VLM
 
 NAMES = ("octmnist", "breastmnist", "dermamnist")
 PHANTOM = ["file", "trained_on", "answer", "generated", "error"]
+OTHER = "skipped: 1 file(s) ending in .txt, which are not read as images\n"
+DONE = (
+    "1 image(s): 16 bits a channel are reduced to 8\n"
+    "1 image(s): transparent parts are shown on white, as in a viewer\n"
+)
+SAID = OTHER + DONE  # about the fixture `images`
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +101,7 @@ def bomb(path):
 def test_every_image_gets_a_row(models, images, tmp_path):
     output = tmp_path / "new" / "answers.csv"
     done = predict(models / "with", images, "--dataset", "octmnist", "--output", output)
-    assert (done.exit_code, done.output) == (0, "")
+    assert (done.exit_code, done.output) == (0, SAID)
     frame = table(output.read_text())
     answers = list(load("octmnist", source="phantom").spec.classes)
     assert list(frame) == [*PHANTOM, *answers]
@@ -202,7 +209,7 @@ def test_an_unreadable_image_gets_a_row_with_its_error(models, images):
     done = predict(models / "with", images, "--dataset", "octmnist", "--batch-size", 3)
     assert done.exit_code == 1
     assert "Traceback" not in done.output
-    assert done.stderr == "error: 6 image(s) could not be read; see the column error\n"
+    assert done.stderr == SAID + "error: 6 image(s) could not be read; see the column error\n"
     frame = table(done.stdout)
     bad = frame[frame.error != ""]
     assert [name[0] for name in bad.file] == list("abcdef")
@@ -229,7 +236,20 @@ def test_hidden_files_are_skipped_and_counted_once(models, images):
         shutil.copy(images / "grey.jpg", images / name)
     done = predict(models / "one", images)
     assert (done.exit_code, done.stdout) == (0, before.stdout)
-    assert done.stderr == "skipped: 3 hidden image file(s)\n"
+    assert done.stderr == "skipped: 3 hidden image file(s)\n" + SAID
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_what_the_reader_did_is_said_once(models, tmp_path, batch_size):
+    exif = Image.Exif()
+    exif[274] = 6
+    for number in range(5):  # a batch of three grey images is not one in colour
+        image = Image.fromarray(np.full((28, 28), 50 * number, dtype=np.uint8))
+        image.save(tmp_path / f"{number}.png", exif=exif)
+    done = predict(models / "one", tmp_path, "--batch-size", batch_size)
+    assert done.exit_code == 0, done.output
+    assert done.stderr == "5 image(s): turned as their EXIF says\n"
+    assert len(table(done.stdout)) == 5
 
 
 def test_any_file_name_can_be_written(models, tmp_path):
@@ -296,10 +316,10 @@ def test_a_lost_exemplar_is_an_error(models, images, tmp_path, no_model):
 def test_another_format_is_refused(models, images, tmp_path):
     shutil.copytree(models / "one", tmp_path / "later")
     card = json.loads((models / "one" / "vitask.json").read_text())
-    (tmp_path / "later" / "vitask.json").write_text(json.dumps(card | {"format": 3}))
+    (tmp_path / "later" / "vitask.json").write_text(json.dumps(card | {"format": 4}))
     done = predict(tmp_path / "later", images, "--output", tmp_path / "answers.csv")
     assert done.exit_code == 1
-    assert "has format 3" in done.output
+    assert "has format 4" in done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "later"]
 
 

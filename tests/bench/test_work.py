@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.api import run_plan
 from bench.runs.models import kept
 from bench.runs.plan import Plan, sized
 from bench.runs.work import Work
@@ -80,6 +81,7 @@ def results(out: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.long
 def test_killed_in_the_middle_of_suites_that_share_models(tmp_path):
     """It ends with the files of an undisturbed run and repeats nothing."""
     with started(tmp_path / "whole") as process:
@@ -153,3 +155,20 @@ def test_a_model_is_found_by_its_key_under_another_name(tmp_path):
     assert found == [False, True, False, True, True, False]
     assert {path.name for path in tmp_path.iterdir()} == {"a", "a-1", "b"}  # none is lost
     assert kept(tmp_path, "a", "1", "cheap", *how)[1]["found"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vlm": "nowhere/at/all"}, "no vision language model at 'nowhere/at/all'"),
+        ({"tsm": "resnt18"}, "timm has no model 'resnt18'; did you mean resnet18"),
+        ({"tsm": "inception_v3"}, "'inception_v3' cannot take images of 32 pixels"),
+        ({"tsm": "coat_tiny", "variant": "all"}, "coat_tiny"),
+    ],
+)
+def test_models_that_cannot_be_used_stop_a_run_before_it_begins(limited, change, message):
+    plan = replace(limited, recipe=replace(limited.recipe, **change))
+    with pytest.raises(ValueError, match=message):
+        run_plan(plan, ["main"])
+    assert not list(limited.out.glob("*/checkpoints"))
+    assert not list(limited.out.glob("*/run.json"))

@@ -44,6 +44,7 @@ def oversized(tmp_path_factory) -> Usage:
     return compile_all(tmp_path_factory.mktemp("triton"), "oversized")
 
 
+@pytest.mark.long
 @TARGETS
 def test_spilled_registers_are_detected(target, oversized):
     assert oversized[target]["statistics"]["spilled"] > 0

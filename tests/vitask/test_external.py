@@ -1,16 +1,27 @@
 """External sets in their published form: grades, splits, and errors in a folder."""
 
 import json
+import os
+import re
+import shutil
 import struct
 import sys
+import unicodedata
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from vitask.data import external, medmnist, phantom
+from vitask.data.pseudonyms import pseudonyms
 from vitask.data.spec import DatasetSpec
+from vitask.data.subset import subset
+from vitask.errors import InputError
 from vitask.prompts import candidates, instruction
 
 RETINA = medmnist.spec("retinamnist")
@@ -123,8 +134,15 @@ def test_messidor_as_published_equals_its_tables_as_one_csv(tmp_path):
     messidor_published(tmp_path / "xls")
     assert read("messidor", tmp_path / "xls").md5 == read("messidor", tmp_path / "csv").md5
     table = tmp_path / "xls" / "messidor" / "Annotation_Base12.xls"
-    xls(table, [("Image name", "Retinopathy grade"), ("p1.tif", 1), ("p2.tif", "")])
-    assert [path.name for path, *_ in external.READERS["messidor"](table.parent)][8:] == ["p1.tif"]
+    xls(table, [("Image name", "Retinopathy grade"), ("p9.tif", 1.0), ("", ""), ("p8.tif", 3)])
+    found = external.READERS["messidor"](table.parent)[8:]
+    assert [(path.name, grade) for path, grade, _ in found] == [("p9.tif", 1), ("p8.tif", 3)]
+    for value in ("", 0.5, 4, "x"):
+        xls(table, [("Image name", "Retinopathy grade"), ("p9.tif", 1), ("p8.tif", value)])
+        with pytest.raises(
+            InputError, match=rf"Annotation_Base12\.xls, row 3, image 'p8.tif'.*{value}"
+        ):
+            read("messidor", tmp_path / "xls")
     table.write_text("Image name,Retinopathy grade")
     with pytest.raises(ValueError, match=r"Annotation_Base12\.xls is not an XLS file"):
         read("messidor", tmp_path / "xls")
@@ -169,7 +187,226 @@ def test_idrid_as_published(shared):
     assert counts["test"] == [34, 5, 32, 19, 13]
     train = np.add(counts["train"], counts["val"])
     assert train.sum() == 412  # IDRiD_118 is a picture of the test split
-    assert not any("IDRiD_118" in i for split in ("train", "val") for i in found.splits[split].ids)
+    files = external.image_ids("idrid", [shared / "external"])
+    names = {Path(file).stem for file in files}
+    assert len(files) == 412 + 103
+    assert "IDRiD_118" not in names
+    every = [i for split in found.splits.values() for i in split.ids]
+    assert sorted(every) == sorted(files.values())
+    assert not any(name in i for name in names for i in every)
+
+
+# Tables
+
+
+def changed(folder, *edits):
+    """The set's table with some texts replaced."""
+    (path,) = folder.glob("*.csv")
+    text = path.read_text("utf-8")
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text, "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "value", ["5", "-1", "2.5", "x", "", "inf", "nan", "1e0", "True", "٣", "0x1"]
+)
+@pytest.mark.parametrize(
+    ("make", "old"), [(aptos, "a3,3\n"), (messidor2, "m3.jpg,3,0,1\n"), (messidor, "p3.tif,3\n")]
+)
+def test_only_grades_of_the_set_are_taken(make, old, value, tmp_path):
+    folder = make(tmp_path)
+    path = changed(folder, (old, old.replace(",3", f",{value}", 1)))
+    message = rf"{path.name}, row 5, image '{old.split(',')[0]}': .* is '{value}'; expected a whole"
+    with pytest.raises(InputError, match=message):
+        read(folder.name, tmp_path)
+
+
+def test_messidors_last_grade_is_3(tmp_path):
+    changed(messidor(tmp_path), ("p3.tif,3\n", "p3.tif,4\n"))
+    with pytest.raises(InputError, match="is '4'; expected a whole number from 0 to 3"):
+        read("messidor", tmp_path)
+
+
+def test_whole_numbers_may_have_a_point_and_blanks(tmp_path):
+    before = read(aptos(tmp_path).name, tmp_path)
+    changed(tmp_path / "aptos2019", ("a3,3\n", " a3 , 3.0\n\n,\n"), ("a4,4\n", "a4.PNG,4.\n"))
+    after = read("aptos2019", tmp_path)
+    assert before.md5 == after.md5
+    assert before.splits["test"].ids.tolist() == after.splits["test"].ids.tolist()
+
+
+@pytest.mark.parametrize("value", ["2", "-1", "", "yes", "0.5"])
+def test_gradable_is_0_or_1(value, tmp_path):
+    changed(messidor2(tmp_path), ("m3.jpg,3,0,1\n", f"m3.jpg,3,0,{value}\n"))
+    with pytest.raises(InputError, match=f"adjudicated_gradable is '{value}'; expected a whole"):
+        read("messidor2", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["000123", "5e1234", "1e5", "nan", "NA", "None", "1.50", "a.b", "ä ö", "-7"]
+)
+def test_ids_are_texts(name, tmp_path):
+    folder = aptos(tmp_path)
+    before = read("aptos2019", tmp_path)
+    (folder / "train_images" / "a3.png").rename(folder / "train_images" / f"{name}.PNG")
+    path = changed(folder, ("a3,3", f"{name},3"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_text("utf-8").encode())  # as Excel saves it
+    assert read("aptos2019", tmp_path).md5 == before.md5
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a3,3\na3,3", r"row 6, image 'a3' is listed before, in .*row 5, image 'a3'; keep one"),
+        ("a3,3\na3.png,1", "row 6, image 'a3.png' is listed before"),
+        ("../a3,3", "image '../a3': an id is the name of a file, not a path"),
+        ("..,3", r"image '\.\.': an id is the name of a file, not a path"),
+        ("/etc/passwd,3", "not a path"),
+        ("b\\\\a3,3", "not a path"),
+        ("._a3,3", "not hidden"),
+        (",3", "row 5: id_code is empty"),
+        ("a3,3,4", "row 5 has 3 cells, the header 2; a cell with a comma needs quotes"),
+        ('"a3,3', "cannot be used .*save it as CSV UTF-8"),
+        ("a3", "diagnosis is ''"),
+    ],
+)
+def test_a_row_that_could_mean_something_else_is_refused(row, message, tmp_path):
+    changed(aptos(tmp_path), ("a3,3", row))
+    with pytest.raises(InputError, match=message) as caught:
+        read("aptos2019", tmp_path)
+    assert "train.csv" in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "cp1252"])
+def test_a_table_in_another_encoding_is_refused(encoding, tmp_path):
+    path = changed(aptos(tmp_path), ("a3,3", "ä3,3"))
+    path.write_bytes(path.read_text("utf-8").encode(encoding))
+    with pytest.raises(InputError, match=r"train\.csv is not UTF-8 text .*save it as CSV UTF-8"):
+        read("aptos2019", tmp_path)
+
+
+def test_a_column_may_not_be_there_twice(tmp_path):
+    changed(aptos(tmp_path), ("id_code,diagnosis", "id_code,diagnosis,diagnosis"))
+    with pytest.raises(InputError, match=r"\['diagnosis'\] more than once"):
+        read("aptos2019", tmp_path)
+
+
+def test_a_damaged_xls_is_refused(tmp_path, capsys):
+    pytest.importorskip("xlrd")
+    table = messidor_published(tmp_path) / "Annotation_Base11.xls"
+    whole, rng = table.read_bytes(), np.random.default_rng(0)
+    for _ in range(40):
+        damaged = np.frombuffer(whole, dtype=np.uint8).copy()
+        damaged[rng.integers(0, 60, 4)] = rng.integers(0, 256, 4)
+        table.write_bytes(damaged.tobytes()[: rng.integers(0, len(whole) + 1)])
+        with suppress(InputError):
+            external.READERS["messidor"](table.parent)
+    assert capsys.readouterr().out == ""
+
+
+# Files
+
+
+def test_two_files_of_one_name_are_refused_and_copies_passed_over(tmp_path):
+    folder = aptos(tmp_path) / "train_images"
+    before = read("aptos2019", tmp_path).md5
+    for copy in (".a3.png", "._a3.png", "a3.txt", "__MACOSX/a3.png"):
+        (folder / copy).parent.mkdir(exist_ok=True)
+        (folder / copy).write_bytes(b"copy")
+    assert read("aptos2019", tmp_path).md5 == before
+    shutil.copy(folder / "a3.png", folder / "a3.JPEG")
+    with pytest.raises(InputError, match=r"image 'a3': .* has a3\.JPEG and a3\.png; expected one"):
+        read("aptos2019", tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".PNG", ".Jpeg", ".TIF", ".gif", ".webp"])
+def test_any_ending_of_an_image_is_found(ending, tmp_path):
+    folder = aptos(tmp_path) / "train_images"
+    (folder / "a3.png").rename(folder / f"a3{ending}")  # the content decides what it is
+    read("aptos2019", tmp_path)
+
+
+def test_accents_may_be_stored_apart_from_their_letters(tmp_path):
+    folder = aptos(tmp_path) / "train_images"
+    composed, apart = (unicodedata.normalize(form, "é3") for form in ("NFC", "NFD"))
+    (folder / "a3.png").rename(folder / f"{apart}.png")
+    changed(folder.parent, ("a3,3", f"{composed},3"))
+    found = set(read("aptos2019", tmp_path).splits["train"].ids)
+    (folder / f"{apart}.png").rename(folder / f"{composed}.png")
+    assert set(read("aptos2019", tmp_path).splits["train"].ids) == found
+
+
+def test_a_file_that_is_not_regular_is_not_waited_for(tmp_path):
+    folder = aptos(tmp_path) / "train_images"
+    (folder / "a3.png").unlink()
+    os.mkfifo(folder / "a3.png")
+    with pytest.raises(InputError, match=r"a3\.png .*is not a regular file"):
+        read("aptos2019", tmp_path)
+
+
+def test_what_the_reader_did_is_noted(tmp_path):
+    folder = aptos(tmp_path) / "train_images"
+    assert read("aptos2019", tmp_path).notes == ()
+    for number in (3, 4):
+        with Image.open(folder / f"a{number}.png") as image:
+            image.putalpha(100)
+            image.save(folder / f"a{number}.png")
+    found = read("aptos2019", tmp_path)
+    assert [note[:11] for note in found.notes] == ["2 image(s):"]
+    assert subset(found, train=5).notes == found.notes
+
+
+def test_a_set_that_is_too_small_for_its_splits_is_refused(tmp_path):
+    (aptos(tmp_path) / "train.csv").write_text("id_code,diagnosis\na1,1\n")
+    with pytest.raises(InputError, match=r"1 labelled image.*none for the split"):
+        read("aptos2019", tmp_path)
+
+
+# Ids
+
+
+def test_ids_hold_no_name_and_are_equal_in_every_size_and_subset(tmp_path):
+    read_again = external.load(
+        aptos(tmp_path).name, RETINA, source="medmnist", roots=[tmp_path], size=64
+    )
+    found = read("aptos2019", tmp_path)
+    for split, images in found.splits.items():
+        assert all(re.fullmatch(f"aptos2019/{split}/[0-9a-f]{{12}}", i) for i in images.ids)
+        assert images.ids.tolist() == read_again.splits[split].ids.tolist()
+        assert set(subset(found, **{split: 2}).splits[split].ids) <= set(images.ids)
+    assert sorted(external.image_ids("aptos2019", [tmp_path]).values()) == sorted(
+        i for split in found.splits.values() for i in split.ids
+    )
+
+
+def test_ids_are_keyed_by_the_images(tmp_path):
+    folder = aptos(tmp_path)
+    before = external.image_ids("aptos2019", [tmp_path])
+    shutil.copytree(folder, tmp_path / "elsewhere" / "aptos2019")
+    assert external.image_ids("aptos2019", [tmp_path / "elsewhere"]) == before
+    photograph(folder / "train_images" / "a3.png", 9)  # one other image, and every digest differs
+    after = external.image_ids("aptos2019", [tmp_path])
+    assert after.keys() == before.keys()
+    assert not set(after.values()) & set(before.values())
+
+
+@given(st.sets(st.text(max_size=3), max_size=9), st.binary(min_size=32, max_size=32))
+@settings(max_examples=30)
+def test_different_names_have_different_pseudonyms(names, key):
+    found = pseudonyms(names, key)
+    assert found.keys() == names
+    assert len(set(found.values())) == len(names)
+    assert found == pseudonyms(sorted(names), key)
+
+
+def test_pseudonyms_grow_where_they_would_be_equal(monkeypatch):
+    module = sys.modules[pseudonyms.__module__]
+    monkeypatch.setattr(module, "DIGITS", 1)
+    found = pseudonyms({str(number) for number in range(100)}, b"key")
+    assert len(set(found.values())) == 100
 
 
 @pytest.mark.parametrize("name", external.SHIFTS)

@@ -45,6 +45,7 @@ def trained_f1(datasets, train_on):
     )
 
 
+@pytest.mark.long
 def test_a_tsm_is_far_above_a_probe_of_generic_features(phantom):
     vlm = VLM.load("pocket")
     predictions, _ = linear_probe(phantom, Features(phantom, vlm.vision_features))
@@ -53,6 +54,7 @@ def test_a_tsm_is_far_above_a_probe_of_generic_features(phantom):
     assert tsm >= probe + 0.2, (tsm, probe)
 
 
+@pytest.mark.long
 def test_a_tsm_trained_on_shuffled_labels_is_at_chance(phantom):
     rng = np.random.default_rng(0)
     shuffled = {}

@@ -1,5 +1,6 @@
 """Prompts and answers: their exact texts, and label <-> text in both directions."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -7,9 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vitask import names
 from vitask.data import medmnist
 from vitask.data.spec import DatasetSpec
+from vitask.decision import scored
 from vitask.prompts import FORMS, Candidates, answer, candidates, instruction, response
+from vitask.score import Prediction
 
 
 def spec(classes, task="multi-class"):
@@ -69,6 +73,42 @@ def test_label_to_text_and_back(classes):
     found = candidates(spec(classes), np.array([]))
     for label in range(len(classes)):
         assert found.parse(response(answer(spec(classes), label))) == label
+
+
+def test_a_class_that_ends_with_a_period_is_valid_when_it_is_written_perfectly():
+    classes, labels = ["stage I.", "St.", "mass"], np.array([0, 1, 2])
+    single, many = spec(classes), spec(classes, MULTI.task)
+    written = [response(answer(single, label)) for label in labels]
+    log_p = np.log(np.where(np.eye(3) == 1, 0.8, 0.1))
+    found = scored(single, labels, Prediction("test", "candidates", log_p, written))
+    assert found.generated.tolist() == [0, 1, 2]
+    sets = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0], [1, 1, 1]])
+    known = candidates(many, sets)
+    for row in sets:
+        text = response(answer(many, row))
+        assert known.parse_labels(text, many.classes).tolist() == row.astype(bool).tolist()
+
+
+def test_parsing_builds_its_dictionary_once():
+    classes = tuple(f"label {i}" for i in range(50))
+    found = candidates(spec(classes, MULTI.task), np.eye(50, dtype=int))
+    found.parse("x")
+    found.parse_labels("x", classes)
+    before = names.numbers.cache_info()
+    for text in ("label 3.", "label 4; label 5", "cough"):
+        found.parse(text)
+        found.parse_labels(text, classes)
+    after = names.numbers.cache_info()
+    assert (after.misses, after.hits) == (before.misses, before.hits + 6)
+
+
+def test_the_official_instructions_are_the_same_bytes_as_ever():
+    """In every form; results of other instructions would be other results."""
+    texts = {n: {f: instruction(medmnist.spec(n), f) for f in FORMS} for n in medmnist.NAMES}
+    whole = json.dumps(texts, ensure_ascii=False, sort_keys=True)
+    assert hashlib.sha256(whole.encode()).hexdigest() == (
+        "0b9019d7466488b4e68b539cfe98287e017ce5ab981d5796a3f535bac58466f6"
+    )
 
 
 def test_multi_label_candidates_are_singles_none_and_frequent_sets_of_the_train_split():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vitask.branches import prompt_embeddings, response_hidden
-from vitask.checkpoint import Task, VITask
+from vitask.card import Task
+from vitask.checkpoint import VITask
 from vitask.exemplar import ExemplarConnector
 from vitask.prompts import instruction, response
 from vitask.recipes import POCKET

@@ -69,6 +69,21 @@ def test_the_recipes_rules_hold_for_settings_too():
         apply(POCKET, parse(["batch_size=6"]))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lora_rnk": 4}, "no field 'lora_rnk'; did you mean lora_rank"),
+        ({"lora_rank": "4"}, "lora_rank is '4'; expected an integer"),
+        ({"lora_rank": True}, "lora_rank is True; expected an integer"),
+        ({"learning_rate": None}, "learning_rate is None; expected a number"),
+    ],
+)
+def test_settings_from_python_are_checked_as_those_from_texts(given, message):
+    assert apply(POCKET, {"train_limit": None, "learning_rate": 1}).learning_rate == 1.0
+    with pytest.raises(ValueError, match=message):
+        apply(POCKET, given)
+
+
 # Files
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitask.branches import BatchInputs, three_forwards
-from vitask.checkpoint import VITask
+from vitask.checkpoint import Task, VITask
+from vitask.errors import InputError
 from vitask.exemplar import ExemplarConnector, feature_kind
 from vitask.features import Features
 from vitask.objective import Weights, joint_loss, stage_weights
@@ -212,6 +214,35 @@ def test_saved_and_loaded_scores_are_bit_equal(tuned, tiny_datasets, tmp_path):
     assert kinds <= {".safetensors", ".json", ".jinja", ".md", ".txt"}
 
 
+def test_probabilities_have_the_temperature_that_suits_the_val_split(
+    tuned, tiny_datasets, tmp_path
+):
+    """The best on val, with and without exemplar; saved with the model; log-probabilities stay."""
+    model, _ = tuned
+    model.save_pretrained(tmp_path / "checkpoint")
+    loaded = VITask.from_pretrained(tmp_path / "checkpoint")
+    for name, exemplar in product(("two", "five"), (False, True)):
+        val = tiny_datasets[name].splits["val"]
+        scores = model.score(name, model.image_tokens(val.images, exemplar=exemplar))
+        p = loaded.predict(name, val.images, exemplar=exemplar)
+        np.testing.assert_allclose(p, model.probability(name, scores, exemplar=exemplar))
+
+        def loss(temperature, scores=scores, labels=val.labels):
+            log_p = scores / temperature
+            log_p = log_p - np.logaddexp.reduce(log_p, 1, keepdims=True)
+            return -log_p[np.arange(len(labels)), labels].mean()
+
+        found = loaded.temperature(name, exemplar=exemplar)
+        assert loss(found) == pytest.approx(
+            min(map(loss, np.exp(np.linspace(-3, 3, 301)))), abs=1e-4
+        )
+        assert (loaded.tasks[name].calibration["with"].threshold is not None) == (name == "two")
+    untuned = VITask(
+        VLM.load(model.recipe.vlm), model.recipe, {"two": Task.of(tiny_datasets["two"])}
+    )
+    assert untuned.temperature("two") == 1
+
+
 def test_a_checkpoint_of_format_1_loads_and_a_newer_one_says_what_to_do(
     tuned, tiny_datasets, tmp_path
 ):
@@ -219,7 +250,7 @@ def test_a_checkpoint_of_format_1_loads_and_a_newer_one_says_what_to_do(
     folder = tmp_path / "checkpoint"
     model.save_pretrained(folder)
     card = json.loads((folder / "vitask.json").read_text())
-    assert card["format"] == 2
+    assert card["format"] == 3
     sources = card["recipe"].pop("sources")
     old = {f"{s}_{k}": given[k] for s, given in sources.items() for k in OLD_FIELDS}
     card["recipe"] |= old | {"phantom_samples": sources["phantom"]["samples"]}
@@ -228,8 +259,8 @@ def test_a_checkpoint_of_format_1_loads_and_a_newer_one_says_what_to_do(
     assert loaded.recipe == model.recipe
     images = tiny_datasets["two"].splits["test"].images
     assert (loaded.predict("two", images) == model.predict("two", images)).all()
-    (folder / "vitask.json").write_text(json.dumps(card | {"format": 3}))
-    with pytest.raises(ValueError, match=r"format 3; .*formats 1 to 2.*[Uu]pdate VITask"):
+    (folder / "vitask.json").write_text(json.dumps(card | {"format": 4}))
+    with pytest.raises(ValueError, match=r"format 4; .*formats 1 to 3.*[Uu]pdate VITask"):
         VITask.from_pretrained(folder)
 
 
@@ -352,7 +383,7 @@ def test_self_check_passes_on_images_and_stops_on_a_model_that_ignores_them(tune
     ratios = check_image_sensitivity(model, tiny_datasets, image)
     assert min(ratios.values()) >= 100
     blind = Features(tiny_datasets, lambda images: model.vlm.image_features(images) * 0)
-    with pytest.raises(RuntimeError, match="image"):
+    with pytest.raises(InputError, match="do not reach the model"):
         check_image_sensitivity(model, tiny_datasets, blind)
 
 

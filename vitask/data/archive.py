@@ -1,18 +1,24 @@
 """Read a `.npz` in MedMNIST's key layout, and refuse any other content.
 
 Keys `train_images`, `train_labels`, `val_images`, ... ; images uint8 (n, size, size) or
-(n, size, size, 3); labels integers (n, 1), or (n, classes) of 0 and 1 for multi-label.
+(n, size, size, 3); labels integers (n, 1), or (n, classes) of 0 and 1 for multi-label. Names of
+groups (patients, lesions) become pseudonyms, so that no record holds them.
 """
 
 import hashlib
 import zipfile
 import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from vitask.data.pseudonyms import pseudonyms
 from vitask.data.spec import SPLITS, Dataset, DatasetSpec, Split, ids
 from vitask.errors import InputError
+from vitask.files import file_sha256
 
 _GROUPS = "groups"
 
@@ -45,21 +51,46 @@ def load_file(
             f"(python -m bench data download), or admit this one with --allow-unverified "
             f"{spec.name}; every result then says so"
         )
+    with _opened(path) as archive:
+        grouped = _check_keys(path, archive.files, groups_allowed=expected_md5 is None)
+        groups = _groups(path, archive, spec) if grouped else {}
+        splits = {}
+        for split in SPLITS:
+            images = _images(path, archive, f"{split}_images", spec, split, size)
+            labels = _labels(path, archive, f"{split}_labels", spec, split)
+            splits[split] = Split(images, labels, ids(spec.name, split, len(images)))
+    if grouped:
+        named = _pseudonyms(path, groups)
+        for split, group in groups.items():
+            digests = np.array([named[name] for name in group.tolist()])
+            splits[split] = replace(splits[split], groups=digests)
+    return Dataset(spec, splits, size, source, md5, md5_ok)
+
+
+def group_pseudonyms(path: Path, spec: DatasetSpec) -> dict[str, str]:
+    """Name of a group in the file -> its digest in `Split.groups`; empty without groups."""
+    _check_archive(path)
+    with _opened(path) as archive:
+        grouped = _check_keys(path, archive.files, groups_allowed=True)
+        return _pseudonyms(path, _groups(path, archive, spec)) if grouped else {}
+
+
+def _pseudonyms(path: Path, groups: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Keyed by the file's content, so that equal names in two splits stay equal."""
+    names = {name: None for group in groups.values() for name in group.tolist()}
+    return pseudonyms(names, bytes.fromhex(file_sha256(path)))
+
+
+@contextmanager
+def _opened(path: Path) -> "Iterator[np.lib.npyio.NpzFile]":
     try:
         with np.load(path, allow_pickle=False) as archive:
-            groups = _check_keys(path, archive.files, groups_allowed=expected_md5 is None)
-            splits = {}
-            for split in SPLITS:
-                images = _images(path, archive, f"{split}_images", spec, split, size)
-                labels = _labels(path, archive, f"{split}_labels", spec, split)
-                group = _group(path, archive, f"{split}_{_GROUPS}", len(images)) if groups else None
-                splits[split] = Split(images, labels, ids(spec.name, split, len(images)), group)
+            yield archive
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
         raise InputError(
             f"{path}: the archive is damaged ({error}); expected a whole .npz file: "
             "copy or download it again"
         ) from error
-    return Dataset(spec, splits, size, source, md5, md5_ok)
 
 
 def file_md5(path: Path) -> str:
@@ -161,11 +192,18 @@ def _labels(
     return labels if spec.multi_label else labels[:, 0]
 
 
-def _group(path: Path, archive: "np.lib.npyio.NpzFile", key: str, count: int) -> np.ndarray:
-    groups = _array(path, archive, key)
-    if groups.shape != (count,) or groups.dtype.kind not in "Uiu":
-        raise InputError(
-            f"{path}: {key} is {groups.dtype} {groups.shape}, expected texts or integers "
-            f"({count},), one for each image"
-        )
-    return groups.astype(np.str_)
+def _groups(
+    path: Path, archive: "np.lib.npyio.NpzFile", spec: DatasetSpec
+) -> dict[str, np.ndarray]:
+    """The names of the groups as the file has them, by split."""
+    found = {}
+    for split, count in spec.n_samples.items():
+        key = f"{split}_{_GROUPS}"
+        groups = _array(path, archive, key)
+        if groups.shape != (count,) or groups.dtype.kind not in "Uiu":
+            raise InputError(
+                f"{path}: {key} is {groups.dtype} {groups.shape}, expected texts or integers "
+                f"({count},), one for each image"
+            )
+        found[split] = groups.astype(np.str_)
+    return found

@@ -3,18 +3,25 @@
 `<name>.json` holds name, modality, task, label, n_channels, n_samples, license and source, as
 medmnist's INFO does. `<name>.npz` beside it has the images at 28 pixels, or `<name>_224.npz` at
 224. Optional keys of the archive, `train_groups`, `val_groups`, `test_groups`, say which images
-belong together (one patient, one lesion). Other fields of the card are notes.
+belong together (one patient, one lesion); their names stay in the archive. Other fields of the
+card are notes.
+
+A name has letters from a to z, digits, - and _, and starts with a letter or a digit. It differs
+from every other name in more than case. A hidden file, whose name starts with a period, is not a
+card.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitask.data.archive import load_file
+from vitask.data import medmnist
+from vitask.data.archive import group_pseudonyms, load_file
 from vitask.data.spec import SPLITS, TASKS, Dataset, DatasetSpec
 from vitask.errors import InputError
+from vitask.names import canonical
 
 FIELDS = {
     "name": str,
@@ -26,29 +33,65 @@ FIELDS = {
     "license": str,
     "source": str,
 }
-_NAME = re.compile(r"[A-Za-z0-9][\w-]*")  # a name is part of paths and of ids
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")  # a name is part of paths, ids and tables
+RULE = (
+    "a name has letters from a to z, digits, - and _, starts with a letter or a digit, and has at "
+    "most 100 characters"
+)
+RESERVED = {  # names that stand for something else already
+    "average": "the mean over datasets in tables",
+    "mean": "the mean over datasets in validation curves",
+    "loss": "the training loss in validation curves",
+    **dict.fromkeys(medmnist.SHARED_HEADS, "the TSM's head that several official sets share"),
+}
+
+
+def fault(name: str, others: Iterable[str] = ()) -> str | None:
+    """Why a custom dataset cannot have this name beside others; None if it can."""
+    if not NAME.fullmatch(name):
+        return f"{RULE}: rename its files and the card's field"
+    form = canonical(name)
+    if form in RESERVED:
+        return f"{form!r} is taken by {RESERVED[form]}: rename its files and the card's field"
+    for other in (*medmnist.NAMES, *others):
+        if other != name and canonical(other) == form:
+            return f"it differs from {other!r} only in case: rename one of the two"
+    return None
 
 
 def names(roots: Sequence[Path]) -> tuple[str, ...]:
-    """Names in the roots that have a card and an archive, in order of the roots."""
-    found = [
-        path.stem
-        for root in roots
-        for path in sorted(Path(root).glob("*.json"))
-        if _NAME.fullmatch(path.stem) and _archives(path)
-    ]
-    return tuple(dict.fromkeys(found))
+    """Names in the roots that have a card and an archive, in order of the roots.
+
+    Those that `faults` names are left out.
+    """
+    return tuple(path.stem for path, why in _judged(roots) if why is None)
+
+
+def faults(roots: Sequence[Path]) -> list[str]:
+    """A line for each card in the roots whose name cannot be used: its file, why, what to do."""
+    lines = [f"{path} cannot be used: {why}" for path, why in _judged(roots) if why is not None]
+    return [line.encode(errors="backslashreplace").decode() for line in lines]
+
+
+def _judged(roots: Sequence[Path]) -> list[tuple[Path, str | None]]:
+    """Every card with an archive, and what is wrong with its name."""
+    cards, alike = _cards(roots), dict[str, list[str]]()
+    for name in cards:
+        alike.setdefault(canonical(name), []).append(name)
+    return [(path, fault(name, alike[canonical(name)])) for name, path in cards.items()]
 
 
 def begun(name: str, roots: Sequence[Path]) -> bool:
     """Whether a root has the card or the archive; `find` says which of the two is missing."""
-    return bool(_NAME.fullmatch(name)) and any(
+    return bool(NAME.fullmatch(name)) and any(
         Path(root, f"{name}{ending}").is_file() for root in roots for ending in (".json", ".npz")
     )
 
 
 def find(name: str, roots: Sequence[Path]) -> Path:
     """The card in the first root with a card or an archive; ValueError without a card."""
+    if why := fault(name, _cards(roots)):
+        raise InputError(f"dataset {name!r} cannot be used: {why}")
     for root in roots:
         card, archive = Path(root, f"{name}.json"), Path(root, f"{name}.npz")
         if card.is_file():
@@ -101,6 +144,17 @@ def read_card(path: Path) -> DatasetSpec:
 
 def load(name: str, roots: Sequence[Path], *, size: int = 28) -> Dataset:
     """The dataset of a card; no MD5 is official, so `md5` is the file's and `md5_ok` is True."""
+    path, spec = _found(name, roots, size)
+    return load_file(path, spec, size=size, source="card")
+
+
+def groups(name: str, roots: Sequence[Path], *, size: int = 28) -> dict[str, str]:
+    """Name of a group (patient, lesion) -> its digest in records; empty without groups."""
+    return group_pseudonyms(*_found(name, roots, size))
+
+
+def _found(name: str, roots: Sequence[Path], size: int) -> tuple[Path, DatasetSpec]:
+    """The archive of images of this size, and its description."""
     card = find(name, roots)
     path = card.with_name(f"{name}{'' if size == 28 else f'_{size}'}.npz")
     if not path.is_file():
@@ -109,12 +163,24 @@ def load(name: str, roots: Sequence[Path], *, size: int = 28) -> Dataset:
             f"{path} is missing beside its card; found {found or 'no archive'}: add the images of "
             f"{size} pixels, or use a recipe with another source_size"
         )
-    return load_file(path, read_card(card), size=size, source="card")
+    return path, read_card(card)
+
+
+def _cards(roots: Sequence[Path]) -> dict[str, Path]:
+    """Name -> JSON file with an archive beside it, whatever the name; hidden files left out."""
+    found: dict[str, Path] = {}
+    for root in map(Path, roots):
+        stems = {re.sub(r"_\d+$", "", path.stem) for path in root.glob("*.npz")}
+        stems |= {path.stem for path in root.glob("*.npz")}
+        for path in sorted(root.glob("*.json")):
+            if path.stem in stems and not path.name.startswith("."):
+                found.setdefault(path.stem, path)
+    return found
 
 
 def _archives(card: Path) -> list[Path]:
     ending = re.compile(re.escape(card.stem) + r"(_\d+)?\.npz")
-    return sorted(p for p in card.parent.glob(f"{card.stem}*.npz") if ending.fullmatch(p.name))
+    return sorted(path for path in card.parent.glob("*.npz") if ending.fullmatch(path.name))
 
 
 def _classes(label: dict[str, Any]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from vitask.data.medmnist import MODALITY
 from vitask.data.spec import Dataset, DatasetSpec, Split
+from vitask.names import canonical
 
 SEVERITIES = 5
 MARK = "+"  # between the names of a dataset and a corruption
@@ -50,7 +51,8 @@ def listed(spec: DatasetSpec) -> dict[str, Any]:
 
     if spec.name in CORRUPTIONS_DS:
         return CORRUPTIONS_DS[spec.name]
-    same = [name for name, modality in MODALITY.items() if modality == spec.modality]
+    wanted = canonical(spec.modality)
+    same = [name for name, modality in MODALITY.items() if canonical(modality) == wanted]
     return next((CORRUPTIONS_DS[name] for name in same if name in CORRUPTIONS_DS), {})
 
 

@@ -17,21 +17,24 @@ Phantom: other pictures of RetinaMNIST's phantom, with another shift for each se
 """
 
 import hashlib
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from vitask.data import phantom
-from vitask.data.images import read_image
+from vitask.data.images import ENDINGS, notes, read_image
+from vitask.data.pseudonyms import pseudonyms
 from vitask.data.spec import SPLITS, Dataset, DatasetSpec, Split, ids
-from vitask.errors import InputError
+from vitask.data.tables import Row, read_table
+from vitask.errors import InputError, boundary
+from vitask.files import file_sha256
 
 Labelled = list[tuple[Path, int, str]]  # file, grade, split ("" if the set has none)
 SHARES = (0.6, 0.1, 0.3)  # of train, val, test if the set has no splits
-ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".JPG")
 SAME_AS_TEST = {"IDRiD_118"}
 LAST_TWO_MERGED = {"messidor": "severe nonproliferative or proliferative retinopathy"}
 
@@ -46,7 +49,7 @@ def names(source: str, roots: Sequence[Path]) -> tuple[str, ...]:
 def load(
     name: str, retina: DatasetSpec, *, source: str, roots: Sequence[Path], size: int
 ) -> Dataset:
-    """One external set, described like RetinaMNIST; a ValueError says what is missing.
+    """One external set, described like RetinaMNIST; an InputError says what is missing or wrong.
 
     retina: the description of RetinaMNIST
     source: "phantom" | any other for files in `roots`
@@ -54,23 +57,19 @@ def load(
     """
     if source == "phantom":
         return _phantom(name, retina)
-    folder = _folder(name, roots)
-    if folder is None:
-        looked = ", ".join(map(str, roots)) or "no data root"
-        raise InputError(
-            f"no folder {name!r} in {looked}; expected the set's published files there"
-        )
-    labelled = READERS[name](folder)
-    if not labelled:
-        raise InputError(f"{folder} has no labelled image of {name}; expected its published files")
-    labelled = _divided(labelled, name)
+    folder, labelled = _labelled(name, roots)
+    named, done = _image_ids(name, folder, labelled), Counter[str]()
     digest, splits = hashlib.md5(usedforsecurity=False), {}
     for split in SPLITS:
         chosen = [(path, grade) for path, grade, place in labelled if place == split]
-        images = np.stack([read_image(path, size, 3, square=True) for path, _ in chosen])
+        if not chosen:
+            raise InputError(
+                f"{folder} has {len(labelled)} labelled image(s), none for the split {split}; "
+                "expected the whole published set"
+            )
+        images = np.stack([read_image(path, size, 3, square=True, done=done) for path, _ in chosen])
         labels = np.array([grade for _, grade in chosen], dtype=np.int64)
-        files = np.array([f"{name}/{split}/{path.stem}" for path, _ in chosen], dtype=np.str_)
-        splits[split] = Split(images, labels, files)
+        splits[split] = Split(images, labels, np.array([named[path] for path, _ in chosen]))
         digest.update(images.tobytes() + labels.tobytes())
     spec = replace(
         retina,
@@ -86,7 +85,42 @@ def load(
             classes=(*retina.classes[:last], LAST_TWO_MERGED[name]),
             answers=tuple((text, min(grade, last)) for grade, text in enumerate(retina.classes)),
         )
-    return Dataset(spec, splits, size, "external", digest.hexdigest(), True)
+    return Dataset(spec, splits, size, "external", digest.hexdigest(), True, notes(done))
+
+
+def image_ids(name: str, roots: Sequence[Path]) -> dict[str, str]:
+    """File, relative to the set's folder -> the image's id, which no record maps back."""
+    folder, labelled = _labelled(name, roots)
+    named = _image_ids(name, folder, labelled)
+    return {path.relative_to(folder).as_posix(): one for path, one in named.items()}
+
+
+def _labelled(name: str, roots: Sequence[Path]) -> tuple[Path, Labelled]:
+    """The set's folder; its files with grades and splits."""
+    folder = _folder(name, roots)
+    if folder is None:
+        looked = ", ".join(map(str, roots)) or "no data root"
+        raise InputError(
+            f"no folder {name!r} in {looked}; expected the set's published files there"
+        )
+    labelled = READERS[name](folder)
+    if not labelled:
+        raise InputError(f"{folder} has no labelled image of {name}; expected its published files")
+    return folder, _divided(labelled, name)
+
+
+def _image_ids(name: str, folder: Path, labelled: Labelled) -> dict[Path, str]:
+    """Ids without the files' names, which could be a person's: digests keyed by all the images.
+
+    The key is of the files as they are, so ids are the same at every size.
+    """
+    whole = hashlib.sha256()
+    with boundary(f"the images in {folder}", "make them readable, or copy them again"):
+        for line in sorted(f"{file_sha256(path)} {grade}\n" for path, grade, _ in labelled):
+            whole.update(line.encode())
+    relative = {path: _composed(path.relative_to(folder).as_posix()) for path, _, _ in labelled}
+    digests = pseudonyms(relative.values(), whole.digest())
+    return {path: f"{name}/{split}/{digests[relative[path]]}" for path, _, split in labelled}
 
 
 def _folder(name: str, roots: Sequence[Path]) -> Path | None:
@@ -97,50 +131,55 @@ def _folder(name: str, roots: Sequence[Path]) -> Path | None:
 
 
 def _aptos(folder: Path) -> Labelled:
-    table = _table(folder / "train.csv", ("id_code", "diagnosis"))
-    return [
-        (_image(folder / "train_images", str(row.id_code)), int(row.diagnosis), "")
-        for row in table.itertuples()
-    ]
+    images, columns = _Images(folder / "train_images"), ("id_code", "diagnosis")
+    rows = read_table(folder / "train.csv", columns)
+    return [(images.file(row), row.whole("diagnosis", 4), "") for row in rows]
 
 
 def _idrid(folder: Path) -> Labelled:
     inner = folder / "B. Disease Grading"
     found: Labelled = []
-    for split, letter, images, labels in (
+    for split, letter, place, labels in (
         ("train", "a", "a. Training Set", "Training Labels"),
         ("test", "b", "b. Testing Set", "Testing Labels"),
     ):
         file = inner / "2. Groundtruths" / f"{letter}. IDRiD_Disease Grading_{labels}.csv"
-        table = _table(file, ("Image name", "Retinopathy grade"))
-        for name, grade in zip(table["Image name"], table["Retinopathy grade"], strict=True):
-            if split == "test" or name not in SAME_AS_TEST:
-                place = inner / "1. Original Images" / images
-                found.append((_image(place, str(name)), int(grade), split))
+        images = _Images(inner / "1. Original Images" / place)
+        for row in read_table(file, ("Image name", "Retinopathy grade")):
+            grade = row.whole("Retinopathy grade", 4)
+            if split == "train" and row.id in SAME_AS_TEST:
+                continue
+            found.append((images.file(row), grade, split))
     return found
 
 
 def _messidor2(folder: Path) -> Labelled:
     columns = ("image_id", "adjudicated_dr_grade", "adjudicated_gradable")
-    table = _table(folder / "messidor_data.csv", columns)
-    table = table[table["adjudicated_gradable"].astype(int) == 1]
-    return [
-        (_image(folder / "images", Path(str(row.image_id)).stem), int(row.adjudicated_dr_grade), "")
-        for row in table.itertuples()
-    ]
+    images = _Images(folder / "images")
+    found: Labelled = []
+    for row in read_table(folder / "messidor_data.csv", columns):
+        if row.whole("adjudicated_gradable", 1) == 1:
+            found.append((images.file(row), row.whole("adjudicated_dr_grade", 4), ""))
+        else:  # it has no grade
+            images.stem(row)
+    return found
 
 
 def _messidor(folder: Path) -> Labelled:
-    columns = ("Image name", "Retinopathy grade")
-    files = sorted(folder.glob("*.xls")) or sorted(folder.glob("annotations.csv"))
-    if not files:
+    tables = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() == ".xls" and not path.name.startswith(".")
+    )
+    tables = tables or sorted(folder.glob("annotations.csv"))
+    if not tables:
         raise InputError(
             f"{folder} has neither the published XLS files nor an annotations.csv; expected one of "
             "the two"
         )
-    table = pd.concat([_table(file, columns)[[*columns]] for file in files])
-    rows = zip(table["Image name"], table["Retinopathy grade"], strict=True)
-    return [(_image(folder / "images", Path(str(n)).stem), int(grade), "") for n, grade in rows]
+    images, columns = _Images(folder / "images"), ("Image name", "Retinopathy grade")
+    rows = [row for table in tables for row in read_table(table, columns)]
+    return [(images.file(row), row.whole("Retinopathy grade", 3), "") for row in rows]
 
 
 READERS: dict[str, Callable[[Path], Labelled]] = {
@@ -151,37 +190,49 @@ READERS: dict[str, Callable[[Path], Labelled]] = {
 }
 
 
-def _table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV or XLS file, without blanks around column names and without rows that lack a value."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing; expected a table with {', '.join(columns)}")
-    table = _xls(path) if path.suffix == ".xls" else pd.read_csv(path)
-    table.columns = [str(column).strip() for column in table.columns]
-    if lacking := [column for column in columns if column not in table.columns]:
-        raise InputError(f"{path} lacks the column(s) {lacking}; it has {list(table.columns)}")
-    return table.dropna(subset=list(columns))
+class _Images:
+    """The image files of a folder, found by the ids of a table."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, list[Path]] = {}
+        self.given: dict[str, Row] = {}
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
+                self.files.setdefault(_composed(path.stem), []).append(path)
+
+    def stem(self, row: Row) -> str:
+        """The name of a row's image without its ending; InputError if another row has it."""
+        if any(sign in row.id for sign in "/\\") or row.id.startswith("."):
+            raise InputError(f"{row}: an id is the name of a file, not a path, and not hidden")
+        ending = Path(row.id).suffix
+        stem = _composed(row.id.removesuffix(ending) if ending.lower() in ENDINGS else row.id)
+        if stem in self.given:
+            raise InputError(f"{row} is listed before, in {self.given[stem]}; keep one row")
+        self.given[stem] = row
+        return stem
+
+    def file(self, row: Row) -> Path:
+        """The one file of a row's image, whatever its ending."""
+        stem = self.stem(row)
+        found = self.files.get(stem, [])
+        if not found:
+            raise InputError(
+                f"{self.folder} has no image {stem!r} ({row}); expected one of {', '.join(ENDINGS)}"
+            )
+        if len(found) > 1:
+            raise InputError(
+                f"{row}: {self.folder} has {' and '.join(path.name for path in found)}; expected "
+                "one file: move the others away"
+            )
+        if not found[0].is_file():
+            raise InputError(f"{found[0]} ({row}) is not a regular file; expected an image")
+        return found[0]
 
 
-def _xls(path: Path) -> pd.DataFrame:
-    """The first sheet; its first row names the columns, empty cells are None."""
-    try:
-        import xlrd
-    except ImportError as error:  # optional: only MESSIDOR needs it
-        raise InputError(f"{path} cannot be read without xlrd: pip install xlrd") from error
-    try:  # not with pandas, which drops xlrd
-        sheet = xlrd.open_workbook(path).sheet_by_index(0)
-    except xlrd.XLRDError as error:
-        raise InputError(f"{path} is not an XLS file: {error}") from error
-    header, *rows = (sheet.row_values(number) for number in range(sheet.nrows))
-    return pd.DataFrame([[None if v == "" else v for v in row] for row in rows], columns=header)
-
-
-def _image(folder: Path, stem: str) -> Path:
-    for ending in ENDINGS:
-        path = folder / f"{stem}{ending}"
-        if path.is_file():
-            return path
-    raise InputError(f"{folder} has no image {stem!r}; expected one of {', '.join(ENDINGS)}")
+def _composed(name: str) -> str:
+    """A file's name in one Unicode form: some systems store accents apart from their letters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _divided(labelled: Labelled, name: str) -> Labelled:

@@ -11,6 +11,7 @@ from pathlib import Path
 from vitask.data import card, medmnist, phantom
 from vitask.data.spec import Dataset, DatasetSpec
 from vitask.errors import InputError
+from vitask.names import canonical
 
 SOURCES = ("medmnist", "phantom")
 
@@ -18,8 +19,17 @@ Sizes = tuple[int, int, int]  # images in train, val, test
 
 
 def names(source: str = "medmnist", roots: Sequence[Path] = ()) -> tuple[str, ...]:
-    """The 12 official names; for "medmnist" also the sets in the roots that have a card."""
+    """The 12 official names; for "medmnist" also the sets in the roots that have a card.
+
+    ValueError for a card whose name cannot be used; it says why.
+    """
     _check_source(source)
+    if source == "medmnist" and (wrong := card.faults(roots)):
+        raise InputError("; ".join(wrong))
+    return _known(source, roots)
+
+
+def _known(source: str, roots: Sequence[Path]) -> tuple[str, ...]:
     custom = card.names(roots) if source == "medmnist" else ()
     return (*medmnist.NAMES, *(name for name in custom if name not in medmnist.NAMES))
 
@@ -30,13 +40,16 @@ def specs(source: str = "medmnist", roots: Sequence[Path] = ()) -> dict[str, Dat
 
 
 def spec(name: str, *, source: str = "medmnist", roots: Sequence[Path] = ()) -> DatasetSpec:
-    """The description of one dataset; for an unknown name, a ValueError names the nearest."""
+    """The description of one dataset.
+
+    For an unknown name, a ValueError names the nearest, or the rule that the name breaks.
+    """
     _check_source(source)
     if name in medmnist.NAMES:
         return phantom.spec(name) if source == "phantom" else medmnist.spec(name)
     if source == "medmnist" and card.begun(name, roots):
         return card.read_card(card.find(name, roots))
-    raise _unknown(name, names(source, roots), roots)
+    raise _unknown(name, _known(source, roots), roots)
 
 
 def load(
@@ -63,8 +76,8 @@ def load(
         if allowed not in medmnist.NAMES:
             raise _unknown(allowed, medmnist.NAMES, ())
     custom = source == "medmnist" and card.begun(name, roots)
-    if name not in (known := names(source, roots)) and not custom:
-        raise _unknown(name, known, roots)
+    if name not in medmnist.NAMES and not custom:
+        raise _unknown(name, _known(source, roots), roots)
     if source == "phantom":
         if size != phantom.SIZE:
             raise InputError(
@@ -86,13 +99,20 @@ def _check_source(source: str) -> None:
 
 
 def _unknown(name: str, known: Sequence[str], roots: Sequence[Path]) -> InputError:
-    near = get_close_matches(name, known) or list(known)
+    if not card.NAME.fullmatch(name):
+        return InputError(f"no dataset {name!r}: {card.RULE}")
+    same = [one for one in known if canonical(one) == canonical(name)]
+    near = same or get_close_matches(name, known) or list(known)
     searched = f" (cards looked for in {', '.join(map(str, roots))})" if roots else ""
-    return InputError(f"no dataset {name!r}{searched}; did you mean {' or '.join(near)}?")
+    text = f"no dataset {name!r}{searched}; did you mean {' or '.join(near)}?"
+    return InputError(" Not usable: ".join([text, *card.faults(roots)]))
 
 
 def present(source: str, roots: Sequence[Path], size: int) -> tuple[str, ...]:
-    """The datasets in the roots, or all phantoms; ValueError if there are none."""
+    """The datasets in the roots, or all phantoms; ValueError if there are none.
+
+    Cards whose names cannot be used are left out: `card.faults` names them.
+    """
     if source == "phantom":
         return names(source)
     official = [

@@ -47,6 +47,7 @@ RETINOPATHY_GRADES = (
     "proliferative retinopathy",
 )
 _SHARED_HEAD = dict.fromkeys(("organamnist", "organcmnist", "organsmnist"), "organ")
+SHARED_HEADS = tuple(dict.fromkeys(_SHARED_HEAD.values()))
 
 NAMES = tuple(MODALITY)
 SIZES = (28, 64, 128, 224)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from vitask.errors import InputError
+from vitask.names import check_answers, check_line, check_writable
 
 TASKS = ("multi-class", "binary-class", "ordinal-regression", "multi-label, binary-class")
 SPLITS = ("train", "val", "test")
@@ -17,7 +18,9 @@ SPLITS = ("train", "val", "test")
 class DatasetSpec:
     """A classification task, as its publisher describes it.
 
-    ValueError for a value that does not fit.
+    ValueError for a value that does not fit. Names of classes, and finer answers, must differ in
+    the form in which written answers are compared (`vitask.names.canonical`). A name may end with
+    a period, and blanks at its ends are kept.
     """
 
     name: str
@@ -38,18 +41,16 @@ class DatasetSpec:
             raise InputError(f"{where}: task is {self.task!r}; expected one of {list(TASKS)}")
         if self.n_channels not in (1, 3):
             raise InputError(f"{where}: n_channels is {self.n_channels!r}; expected 1 or 3")
-        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+        if len(self.classes) < 2:
             raise InputError(
                 f"{where}: classes are {list(self.classes)}; expected two or more different names"
             )
         if self.task == "binary-class" and len(self.classes) != 2:
             raise InputError(f"{where}: {len(self.classes)} classes in a binary-class task")
-        for text in self.classes:
-            if not text.strip() or ";" in text:
-                raise InputError(
-                    f"{where}: class name {text!r}; expected a text without a semicolon, which "
-                    "separates the names in an instruction"
-                )
+        check_answers(where, self.classes, self.answers, multi_label=self.multi_label)
+        check_line(f"{where}: modality", self.modality)
+        for what in ("name", "license", "source", "head"):
+            check_writable(f"{where}: {what}", getattr(self, what))
         if tuple(sorted(self.n_samples)) != tuple(sorted(SPLITS)):
             raise InputError(
                 f"{where}: n_samples has {sorted(self.n_samples)}; expected {list(SPLITS)}"
@@ -73,8 +74,9 @@ class Split:
 
     images: uint8 (n, h, w) or (n, h, w, 3)
     labels: int64 (n,), or (n, classes) of 0 and 1 for multi-label
-    ids:    str (n,), such as "breastmnist/test/000012": place in the source, equal in every subset
-    groups: str (n,) or None, the patient or lesion, whose images must be in one split
+    ids:    str (n,), equal in every subset, such as "breastmnist/test/000012", the place in the
+            source, or "idrid/test/0c1d2e3f4a5b", a digest of the file's name
+    groups: str (n,) or None, digest of the patient or lesion, whose images must be in one split
     """
 
     images: np.ndarray
@@ -106,6 +108,7 @@ class Dataset:
     source: "medmnist" | "card" | "phantom" | "external"
     md5:    of the file, or for phantom of all images and labels
     md5_ok: False for an official set whose file has another MD5 and was admitted
+    notes:  what the user must know about the reading of its files
     """
 
     spec: DatasetSpec
@@ -114,6 +117,7 @@ class Dataset:
     source: str
     md5: str
     md5_ok: bool
+    notes: tuple[str, ...] = ()
 
     def identity(self, splits: Sequence[str] = SPLITS) -> list[Any]:
         """What decides a model or a score: description and content of some splits.

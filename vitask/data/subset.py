@@ -1,5 +1,7 @@
 """Fewer images of a dataset, with the shares of its classes kept."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from vitask.data.spec import SPLITS, Dataset
@@ -32,7 +34,7 @@ def subset(
             rng = np.random.default_rng([seed, number])
             images = images.take(_stratified(strata(images.labels), limit, rng))
         splits[split] = images
-    return Dataset(dataset.spec, splits, dataset.size, dataset.source, dataset.md5, dataset.md5_ok)
+    return replace(dataset, splits=splits)
 
 
 def strata(labels: np.ndarray) -> np.ndarray:

@@ -179,12 +179,11 @@ def copying(vlm: VLM, rng: np.random.Generator) -> Question:
     question about pictures has.
     """
     tokenizer = vlm.processor.tokenizer
-    special = set(tokenizer.all_special_ids)
     words: list[str] = []
     count = rng.integers(2, 5)
     while len(words) < count:
         ids = rng.integers(len(tokenizer), size=rng.integers(1, 4)).tolist()
-        word = tokenizer.decode([i for i in ids if i not in special]).strip()
+        word = tokenizer.decode([i for i in ids if i not in vlm.special]).strip()
         if word and "\ufffd" not in word:  # a single byte of a longer character is not text
             words.append(word)
     chosen = int(rng.integers(count))

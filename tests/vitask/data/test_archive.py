@@ -249,8 +249,19 @@ def test_groups_of_a_card_are_loaded(tmp_path):
         f"{split}_groups": np.array([f"p{i}" for i in range(COUNTS[split])]) for split in SPLITS
     }
     write_own(tmp_path, spec, more=groups)
-    split = data.load("own", source="medmnist", roots=[tmp_path]).splits["train"]
-    assert split.take([3, 1]).groups.tolist() == ["p3", "p1"]
+    found = data.load("own", source="medmnist", roots=[tmp_path])
+    digests = card.groups("own", [tmp_path])
+    for split, images in found.splits.items():
+        names = groups[f"{split}_groups"].tolist()
+        assert images.groups.tolist() == [digests[name] for name in names]
+    train = found.splits["train"]
+    assert train.take([3, 1]).groups.tolist() == [digests["p3"], digests["p1"]]
+    assert len(set(digests.values())) == len(digests)
+    assert all(re.fullmatch("[0-9a-f]{12}", digest) for digest in digests.values())
+    write_own(tmp_path, spec, more=groups | {"train_images": arrays(spec)["train_images"] ^ 1})
+    again = card.groups("own", [tmp_path])
+    assert again.keys() == digests.keys()
+    assert not set(again.values()) & set(digests.values())  # nobody tries names without the images
     write_own(tmp_path, spec, more={"train_groups": np.arange(9)})
     with pytest.raises(ValueError, match=r"missing \['test_groups', 'val_groups'\]"):
         data.load("own", source="medmnist", roots=[tmp_path])
