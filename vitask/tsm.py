@@ -165,7 +165,9 @@ class TSM(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `tsm.safetensors`, and `tsm.json` with its SHA-256, into an existing folder."""
-        state = {name: value.contiguous() for name, value in self.state_dict().items()}
+        # Copies: CoaT has tensors under several names, which safetensors would refuse.
+        whole = torch.contiguous_format
+        state = {n: value.clone(memory_format=whole) for n, value in self.state_dict().items()}
         spans = {name: [span.start, span.stop] for name, span in self.spans.items()}
         card = {"name": self.name, "size": self.size, "heads": spans}
         with boundary(folder, "free space there, or name a folder that can be written"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import vitask.backbone
@@ -236,3 +237,13 @@ def test_the_best_epoch_is_what_a_model_with_cached_weights_returns(monkeypatch,
     model.save(tmp_path)
     images = dataset.splits["val"].images
     assert torch.equal(model.features(images), TSM.load(tmp_path).features(images))
+
+
+def test_tensors_under_two_names_are_saved(tmp_path):
+    """As CoaT's are."""
+    model = TSM("test_resnet", {"a": Head(0, 2)}, 32)
+    model.backbone.again = model.backbone.conv1
+    model.save(tmp_path)
+    saved = load_file(tmp_path / "tsm.safetensors")
+    first = next(name for name in saved if name.startswith("backbone.again"))
+    assert torch.equal(saved[first], saved[first.replace("again", "conv1")])
