@@ -291,7 +291,7 @@ def train_tsm(
         if curve[-1]["mean"] > max((c["mean"] for c in curve[:-1]), default=-1.0):
             best = {name: value.detach().clone() for name, value in model.state_dict().items()}
         on_epoch("tsm", epoch + 1, recipe.tsm_epochs)
-    model.train()  # some models cache what they compute from weights, until they train again
+    model.train()  # older timm: LeViT and others drop what they cached
     model.load_state_dict(best)
     return model.eval().requires_grad_(False), curve
 

@@ -222,7 +222,7 @@ def test_a_model_without_colours_takes_timms_and_a_dict_has_no_tokens(monkeypatc
 
 
 def test_the_best_epoch_is_what_a_model_with_cached_weights_returns(monkeypatch, tmp_path):
-    """LeViT keeps what it computed from the last epoch's weights while it is not trained."""
+    """In older releases of timm, LeViT keeps what it computed until it is trained again."""
     validate, calls = vitask.tsm._validate, []
 
     def first_is_best(*given):
