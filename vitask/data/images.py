@@ -124,11 +124,14 @@ def image_files(folder: Path) -> tuple[list[Path], list[str]]:
                 sorted(copies.items())]  # fmt: skip
     if links:
         skipped.append(f"{links} link(s) to folders")
-    if not files:
-        raise InputError(f"no image in {folder}; expected files ending in {', '.join(ENDINGS)}")
     for ending, count in sorted((+others).items()):
         which = f"ending in {ending}" if ending else "without an ending"
         skipped.append(f"{count} file(s) {which}, which are not read as images")
+    if not files:
+        but = f"; there are {'; '.join(skipped)}" if skipped else ""
+        raise InputError(
+            f"no image in {folder}; expected files ending in {', '.join(ENDINGS)}{but}"
+        )
     return sorted(files), skipped
 
 

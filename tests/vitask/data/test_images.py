@@ -491,3 +491,9 @@ def test_links_to_folders_are_not_followed_and_said(tmp_path):
     touched(tmp_path, "in/a.png", "out/b.png")
     (tmp_path / "in" / "link").symlink_to(tmp_path / "out")
     assert image_files(tmp_path / "in") == ([Path("a.png")], ["1 link(s) to folders"])
+
+
+def test_a_folder_without_an_image_says_what_it_holds(tmp_path):
+    touched(tmp_path, "a.dcm", "._a.png")
+    with pytest.raises(InputError, match=r"expected files ending in \.png.*1 hidden.*1 .* \.dcm"):
+        image_files(tmp_path)
