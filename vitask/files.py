@@ -75,6 +75,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def linked(path: Path, top: Path) -> bool:
+    """Whether `path`, or a folder between it and `top`, is a link: what it shows is elsewhere."""
+    below = [path, *path.parents]
+    return any(one.is_symlink() for one in below[: below.index(top)])
+
+
 def put_folder(new: Path, place: Path) -> None:
     """Move a whole folder to `place`; the folder that is there is deleted afterwards.
 

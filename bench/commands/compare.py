@@ -33,6 +33,8 @@ def compare_methods(folder: Path, name: str, method: str, reference: str) -> pd.
     if method == reference:
         raise InputError(f"{method!r} was given twice; expected two different methods")
     mine = [r for r in read_records(folder, name) if r.method in (method, reference)]
+    if missing := {method, reference} - {record.method for record in mine}:
+        raise InputError(f"{folder} has no record of {sorted(missing)[0]!r}; run the suite again")
     pair = of.pair(method, reference)
     return _paired(mine, Answers.read(folder, mine, pair), method, reference)
 

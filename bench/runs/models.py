@@ -75,14 +75,19 @@ def kept(
 
 
 def models_of(place: Path, suite: str) -> list[Path]:
-    """What was saved for a suite: folders of models, or their files where there are others too."""
+    """What was saved for a suite: folders of models, or their files where there are others too.
+
+    Of a model elsewhere the link alone; nothing if `place` itself is a link.
+    """
     found: list[Path] = []
-    for folder in _folders(place):
+    for folder in () if place.is_symlink() else _folders(place):
         try:
             note = _note(folder)
         except Damaged:
             continue
-        if note["suite"] == suite:
+        if note["suite"] == suite and folder.is_symlink():
+            found.append(folder)
+        elif note["suite"] == suite:
             ours, others = told_apart(folder, {*(note["files"] or EARLIER), NOTE})
             found += ours if others else [folder]
     return found

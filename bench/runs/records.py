@@ -17,13 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vitask.data.spec import DatasetSpec
-from vitask.errors import InputError
+from vitask.errors import InputError, reason
 from vitask.files import file_sha256, write_bytes, write_text
 
 if TYPE_CHECKING:
     from vitask.data.spec import Dataset
     from vitask.score import Prediction
 
+REMEDY = "put it back from a copy, or run the suite again: it computes this record alone"
 _NUMBERS = re.compile(r"\[(\n[-+.,\deE\s]+)\]")  # JSON strings hold no line ends
 SCHEMA = pa.schema(
     [
@@ -106,17 +107,19 @@ class Record:
     def read(cls, path: Path) -> "Record":
         try:
             return cls(**json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:  # not JSON, not UTF-8, other fields
-            raise InputError(
-                f"{path} is not a whole record ({error}); put it back from a copy, or run the "
-                "suite again: it computes this record alone"
-            ) from error
+        except Exception as error:  # not JSON, not UTF-8, other fields, nested too deeply
+            raise InputError(f"{path} is not a whole record ({reason(error)}); {REMEDY}") from error
 
     def damage(self, folder: Path) -> str | None:
         """How its files differ from their digests; None if they do not."""
-        path = record_path(folder, self.name)
-        if path.read_bytes() != self.text().encode() or self.measured["sha256"] != self.digest():
-            return "the record was changed after it was written"
+        changed = "the record was changed after it was written"
+        try:
+            path = record_path(folder, self.name)
+            same = path.read_bytes() == self.text().encode()
+            if not same or self.measured["sha256"] != self.digest():
+                return changed
+        except Exception:  # another name, or fields of other types
+            return changed
         samples = samples_path(folder, self.name)
         if not samples.is_file():
             return f"{samples.name} is missing"
@@ -193,14 +196,20 @@ class Samples:
 
 def read_samples(path: Path) -> dict[str, Samples]:
     """The content of a samples file, by dataset."""
-    from vitask.score import Prediction
-
     try:
         table = pq.read_table(path)  # older files hold float64
         if table.schema.names != SCHEMA.names:
             raise InputError(f"its columns are {', '.join(table.schema.names)}")
-    except (OSError, pa.ArrowInvalid, ValueError) as error:
-        raise InputError(f"{path} is not a whole samples file ({error})") from error
+        return _samples(table)
+    except Exception as error:  # a changed byte can make pyarrow raise almost anything
+        raise InputError(
+            f"{path} is not a whole samples file ({reason(error)}); {REMEDY}"
+        ) from error
+
+
+def _samples(table: pa.Table) -> dict[str, Samples]:
+    from vitask.score import Prediction
+
     found = {}
     for name in dict.fromkeys(table["dataset"].to_pylist()):
         rows = table.filter(pa.compute.equal(table["dataset"], name)).to_pydict()

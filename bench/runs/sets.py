@@ -14,19 +14,20 @@ command, and its records. A command that is killed at any moment goes on when it
 import fcntl
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from bench.runs.ingredients import record_key
 from bench.runs.keys import changes
 from bench.runs.models import models_of
-from bench.runs.records import Record, record_name, record_path, samples_path
-from vitask.errors import InputError
-from vitask.files import remove, sweep, write_bytes, write_text
+from bench.runs.records import REMEDY, Record, record_name, record_path, samples_path
+from bench.suite import suite as suite_of
+from vitask.errors import InputError, reason
+from vitask.files import linked, remove, sweep, write_bytes, write_text
 
 MANIFEST = "run.json"
 UNFINISHED, SUPERSEDED = "unfinished", "superseded"
@@ -65,18 +66,23 @@ def locked(folder: Path) -> Iterator[None]:
             raise InputError(
                 f"another run is writing {folder}; wait for it, or give another --out"
             ) from None
-        places = [folder, *folder.glob(f"{UNFINISHED}/*"), *folder.glob(f"{SUPERSEDED}/*")]
-        inner = ("", "records", "samples", "checkpoints", OFFICIAL)
-        for place in places:
-            for name in inner:
-                sweep(place / name)
-        for place in sorted((folder / UNFINISHED).glob("*")):
+        for place in (folder, *_places(folder)):
+            for name in ("", "records", "samples", "checkpoints", OFFICIAL):
+                if not linked(place / name, folder):
+                    sweep(place / name)
+        for place in _places(folder, UNFINISHED):
             for suite, entry in read_manifest(place).items():
                 if entry.ready:  # killed while they were moved
                     promote(folder, suite, replace(entry, records=entry.ready))
         yield
     finally:
         os.close(descriptor)
+
+
+def _places(folder: Path, *kinds: str) -> list[Path]:
+    """The folders of unfinished and superseded sets; links are not followed."""
+    found = (p for kind in kinds or (UNFINISHED, SUPERSEDED) for p in folder.glob(f"{kind}/*"))
+    return sorted(path for path in found if path.is_dir() and not linked(path, folder))
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
@@ -86,16 +92,27 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         return {}
     try:
         found = json.loads(path.read_bytes())
-        known = set(Entry.__dataclass_fields__)
-        return {
-            suite: Entry(**{name: value for name, value in entry.items() if name in known})
-            for suite, entry in found.items()
-        }
-    except (ValueError, TypeError, AttributeError) as error:
+        return {suite: _entry(suite, entry) for suite, entry in found.items()}
+    except Exception as error:  # not JSON, not UTF-8, other fields, nested too deeply
         raise InputError(
-            f"{path} is not a run's manifest ({error}); put it back from a copy, or give another "
-            "--out: it names the records that belong to the run"
+            f"{path} is not a run's manifest ({reason(error)}); put it back from a copy, or give "
+            "another --out: it names the records that belong to the run"
         ) from None
+
+
+def _entry(suite: str, given: Mapping[str, Any]) -> Entry:
+    entry = Entry(**{name: given[name] for name in Entry.__dataclass_fields__ if name in given})
+    named = [*entry.records, *entry.ready]
+    if not (isinstance(entry.key, str) and isinstance(entry.command, str) and entry.records):
+        raise InputError(f"{suite}: expected a key, a command and the names of records")
+    if not (isinstance(entry.ingredients, dict) and all(_is_name(suite, one) for one in named)):
+        raise InputError(f"{suite}: expected names such as {suite}-METHOD-seed0")
+    return entry
+
+
+def _is_name(suite: str, name: object) -> bool:
+    """Whether a record of the suite can have this name."""
+    return isinstance(name, str) and bool(re.fullmatch(rf"{re.escape(suite)}-.+-seed\d+", name))
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Entry]) -> None:
@@ -191,10 +208,15 @@ def _is_of(entry: Entry, folder: Path, name: str) -> bool:
 
 def _discard(place: Path) -> None:
     """Remove our files from a set's folder, then every folder that is empty."""
-    rendered = [place / f"{suite}.{end}" for suite in read_manifest(place) for end in RENDERED]
-    ours = [*place.glob("records/*.json"), *place.glob("samples/*.parquet"), *rendered]
+    ours = []
+    for suite, entry in read_manifest(place).items():
+        ours += [
+            path(place, name) for name in entry.records for path in (record_path, samples_path)
+        ]
+        ours += [place / f"{suite}.{ending}" for ending in RENDERED]
     for path in (*ours, place / MANIFEST):
-        path.unlink(missing_ok=True)
+        if not linked(path.parent, place.parent.parent):
+            path.unlink(missing_ok=True)
     for folder in (place / "records", place / "samples", place, place.parent):
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
@@ -224,28 +246,45 @@ def read_records(folder: Path, suite: str) -> list[Record]:
             f"{folder} lacks {len(missing)} of {len(paths)} records of suite {suite!r} "
             f"({', '.join(missing[:3])}, ...); the same command computes them again"
         )
-    return [Record.read(path) for path in paths]
+    records = [Record.read(path) for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        damage = record.damage(folder) if record.name == path.stem else "it is another record"
+        if damage or record.suite != suite:
+            raise InputError(f"{path}: {damage or 'it is of another suite'}; {REMEDY}")
+    by_seed = {r.seed: {one.method for one in records if one.seed == r.seed} for r in records}
+    if len({frozenset(methods) for methods in by_seed.values()}) > 1:
+        raise InputError(
+            f"{folder / MANIFEST} names other methods of suite {suite!r} for some seeds than for "
+            "others; put it back from a copy, or run the suite again"
+        )
+    return records
 
 
 def what_fresh_deletes(folder: Path, suites: Sequence[str]) -> list[Path]:
     """Everything that runs of these suites left in a folder: records, samples, models."""
     found: list[Path] = []
+    shown = read_manifest(folder)
     for suite in suites:
-        for place in [*folder.glob(f"{UNFINISHED}/*"), *folder.glob(f"{SUPERSEDED}/*")]:
-            if set(read_manifest(place)) == {suite}:
-                found.append(place)
-        found += folder.glob(f"records/{suite}-*-seed*.json")
-        found += folder.glob(f"samples/{suite}-*-seed*.parquet")
-        found += folder.glob(f"{OFFICIAL}/*@{suite}-*-seed*.csv")
+        found += [place for place in _places(folder) if set(read_manifest(place)) == {suite}]
+        methods = "|".join(re.escape(method.name) for method in suite_of(suite).methods)
+        pattern = re.compile(rf"{re.escape(suite)}-({methods})-seed\d+")
+        known = set(shown[suite].records) if suite in shown else set()
+        for files in ("records/*.json", "samples/*.parquet", f"{OFFICIAL}/*@*.csv"):
+            for path in sorted(folder.glob(files)):
+                name = path.stem.rpartition("@")[2] if files.startswith(OFFICIAL) else path.stem
+                if name in known or pattern.fullmatch(name):
+                    found.append(path)
         found += [folder / f"{suite}.{ending}" for ending in RENDERED]
         found += models_of(folder / "checkpoints", suite)
-    return [path for path in dict.fromkeys(found) if path.exists()]
+    there = (path for path in dict.fromkeys(found) if os.path.lexists(path))
+    return [path for path in there if not linked(path.parent, folder)]
 
 
 def delete(folder: Path, suites: Sequence[str], paths: Sequence[Path]) -> None:
     """Delete what `what_fresh_deletes` named, and the suites from the manifest."""
     for path in paths:
-        _discard(path) if (path / MANIFEST).is_file() else remove(path)
+        is_set = not path.is_symlink() and (path / MANIFEST).is_file()
+        _discard(path) if is_set else remove(path)
     manifest = read_manifest(folder)
     write_manifest(folder, {name: entry for name, entry in manifest.items() if name not in suites})
 
@@ -283,13 +322,10 @@ def collect(source: Path, target: Path, note: Callable[[str], None]) -> list[str
 
 
 def read_whole(folder: Path) -> dict[str, list[Record]]:
-    """The records of every set that is shown; ValueError for one that differs from its digest."""
+    """The records of every set that is shown; InputError for one that differs from its digest."""
     records = {suite: read_records(folder, suite) for suite in read_manifest(folder)}
     if not records:
         raise InputError(f"{folder} holds no run (no {MANIFEST}); expected OUT/<recipe>-<data>")
-    for record in chain.from_iterable(records.values()):
-        if damage := record.damage(folder):
-            raise InputError(f"{folder}: {record.name}: {damage}; nothing was copied")
     return records
 
 

@@ -17,9 +17,11 @@ from bench.commands.verify import differences
 from bench.report.render import write
 from bench.runs import keys, sets
 from bench.runs.plan import Job, Plan
+from bench.runs.records import read_samples
 from bench.suite import suite
 from tests.bench.cheap_runs import complete, problems, records_of
 from vitask.files import PART, part_of
+from vitask.sealed import write_sealed
 
 
 def contents(folder):
@@ -372,3 +374,125 @@ def test_the_key_holds_every_module_of_the_losses(plan):
     found = set(Job.of(suite("cheap"), plan).ingredients)
     files = sorted((Path(__file__).parents[2] / "kernels").glob("*.py"))
     assert {f"code: kernels/{path.name}" for path in files} <= found
+
+
+def elsewhere(path, tmp_path):
+    """The folder moved away, with a link in its place."""
+    target = tmp_path / "elsewhere" / path.name
+    target.parent.mkdir(exist_ok=True)
+    path.rename(target)
+    path.symlink_to(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    "name", ["records", "samples", "checkpoints", "superseded", "superseded/*"]
+)
+def test_nothing_is_deleted_through_a_link(finished, tmp_path, name):
+    plan, _ = finished
+    complete(replace(plan, recipe=replace(plan.recipe, weight_decay=0.5)))
+    model = plan.folder / "checkpoints" / "m"
+    model.mkdir(parents=True)
+    note = {"key": "k", "suite": "cheap", "log": {}, "seconds": 1.0, "peak_mib": 1.0}
+    write_sealed(model / "training.json", note | {"files": {}})
+    (place,) = plan.folder.glob(name)
+    target = elsewhere(place, tmp_path)
+    part = target / f".x{PART}"
+    part.touch()
+    files = contents(target)
+    with sets.locked(plan.folder):
+        paths = sets.what_fresh_deletes(plan.folder, ["cheap"])
+        sets.delete(plan.folder, ["cheap"], paths)
+    assert contents(target) == files
+    assert place.is_symlink()
+
+
+def test_a_linked_model_loses_its_link_alone(finished, tmp_path):
+    plan, _ = finished
+    model = plan.folder / "checkpoints" / "m"
+    model.mkdir(parents=True)
+    note = {"key": "k", "suite": "cheap", "log": {}, "seconds": 1.0, "peak_mib": 1.0}
+    write_sealed(model / "training.json", note | {"files": {}})
+    target = elsewhere(model, tmp_path)
+    sets.delete(plan.folder, ["cheap"], sets.what_fresh_deletes(plan.folder, ["cheap"]))
+    assert not model.is_symlink()
+    assert (target / "training.json").is_file()
+
+
+def test_a_users_files_beside_records_stay(finished):
+    plan, records = finished
+    complete(replace(plan, recipe=replace(plan.recipe, weight_decay=0.5)))
+    (older,) = (plan.folder / "superseded").iterdir()
+    name = records[0].name
+    theirs = [
+        plan.folder / "records" / f"{name} (copy).json",
+        plan.folder / "records" / "cheap-my-seed-notes.json",
+        plan.folder / "samples" / "cheap-mine-seed0.parquet",
+        older / "records" / "mine.json",
+    ]
+    for path in theirs:
+        path.touch()
+    complete(plan)  # the first set comes back
+    complete(plan, fresh=True)
+    assert all(path.is_file() for path in theirs)
+
+
+def test_exchanged_and_edited_files_are_refused_by_name(finished):
+    """Before a table or a comparison is made of them."""
+    plan, records = finished
+    one, other = (plan.folder / "samples" / f"{r.name}.parquet" for r in records[:2])
+    whole = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(ValueError, match=rf"{records[0].name}.*SHA-256.*put it back"):
+        records_of(plan)
+    one.write_bytes(whole)
+    path = plan.folder / "records" / f"{records[0].name}.json"
+    text = path.read_text("utf-8")
+    path.write_text(text.replace('"accuracy": 0', '"accuracy": 1', 1), "utf-8")
+    with pytest.raises(ValueError, match=rf"{records[0].name}.*changed after it was written"):
+        records_of(plan)
+    path.write_text(text, "utf-8")
+    for name in json.loads(text):
+        for value in (None, 3, "x", [], {}, [[]]):
+            path.write_text(json.dumps(json.loads(text) | {name: value}), "utf-8")
+            with pytest.raises(ValueError, match=records[0].name):
+                records_of(plan)
+    path.write_text("[" * 100_000, "utf-8")
+    with pytest.raises(ValueError, match="is not a whole record"):
+        records_of(plan)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"records": None}, {"records": []}, {"records": {}}, {"records": [3]}, {"key": None},
+        {"records": ["../../x"]}, {"ingredients": []}, {"ready": [None]}, {"command": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_with_wrong_fields_is_named(tmp_path, change):
+    entry = {"key": "k", "command": "c", "records": ["cheap-noisy-seed0"], "ingredients": {}}
+    (tmp_path / "run.json").write_text(json.dumps({"cheap": entry | change}))
+    with pytest.raises(ValueError, match=r"run.json is not a run's manifest.*cheap.*put it back"):
+        sets.read_manifest(tmp_path)
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not a run's manifest"):
+        sets.read_manifest(tmp_path)
+
+
+def test_changed_bytes_of_samples_are_named(finished):
+    plan, records = finished
+    path = plan.folder / "samples" / f"{records[0].name}.parquet"
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        places = rng.integers(len(whole), size=3)
+        changed = bytearray(whole)
+        for place in places:
+            changed[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(bytes(changed))
+        try:
+            read_samples(path)  # by chance, or refused by name
+        except ValueError as error:
+            assert path.name in str(error)  # noqa: PT017
+        with pytest.raises(ValueError, match=path.stem):
+            records_of(plan)
