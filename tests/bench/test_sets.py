@@ -399,11 +399,11 @@ def test_nothing_is_deleted_through_a_link(finished, tmp_path, name):
     target = elsewhere(place, tmp_path)
     part = target / f".x{PART}"
     part.touch()
-    files = contents(target)
+    files = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
     with sets.locked(plan.folder):
         paths = sets.what_fresh_deletes(plan.folder, ["cheap"])
         sets.delete(plan.folder, ["cheap"], paths)
-    assert contents(target) == files
+    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == files
     assert place.is_symlink()
 
 
@@ -473,7 +473,7 @@ def test_exchanged_and_edited_files_are_refused_by_name(finished):
 def test_a_manifest_with_wrong_fields_is_named(tmp_path, change):
     entry = {"key": "k", "command": "c", "records": ["cheap-noisy-seed0"], "ingredients": {}}
     (tmp_path / "run.json").write_text(json.dumps({"cheap": entry | change}))
-    with pytest.raises(ValueError, match=r"run.json is not a run's manifest.*cheap.*put it back"):
+    with pytest.raises(ValueError, match=r"run.json is not a run's manifest.*put it back"):
         sets.read_manifest(tmp_path)
     (tmp_path / "run.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="is not a run's manifest"):
