@@ -55,7 +55,7 @@ def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
 def check_seeds(what: str, seeds: Iterable[object]) -> None:
     """InputError unless every seed is a whole number from 0 to TOP_SEED; `what` names them."""
     for seed in seeds:
-        if not isinstance(seed, Integral) or not 0 <= seed <= TOP_SEED:
+        if not isinstance(seed, Integral) or not 0 <= int(seed) <= TOP_SEED:
             raise InputError(
                 f"{what}: {_shown(seed)} is not a seed; expected whole numbers from 0 to {TOP_SEED}"
             )

@@ -77,22 +77,22 @@ def test_equal_recipes_are_equal_keys():
         ({"vlm": " "}, "vlm is ' '; expected a model's name or folder"),
         ({"learning_rate": 1e300}, "learning_rate is 1e.300; expected .* above 0 and below 10"),
         ({"crt_weight": 1e300}, "expected at least 0 and at most 1000000"),
-        ({"lora_rank": 10**5000}, "lora_rank is an integer of 16610 bits; .* at most 65536"),
+        ({"lora_rank": 1 << 20000}, "lora_rank is an integer of 20001 bits; .* at most 65536"),
         ({"tsm_image_size": 5000}, "expected at least 1 and at most 4096"),
         ({"stage1_epochs": 10**7}, "expected at least 0 and at most 1000000"),
         ({"exemplar": False}, "rda_weight 1.0 without exemplar"),
     ],
-    ids=str,
+    ids=range(19),
 )
 def test_values_that_cannot_be_run_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(POCKET, **change)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "0", 10**5000], ids=lambda seed: f"{seed!r:.9}")
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "0", 1 << 20000], ids=range(5))
 def test_seeds_that_no_library_takes_are_refused(seed):
     for make in (lambda: Source((), (0, seed), SMALL), lambda: Study(datasets=(), seeds=(seed,))):
-        with pytest.raises(InputError, match="is not a seed; expected .* from 0 to 4294967295"):
+        with pytest.raises(InputError, match=r"is not a seed; expected .* from 0 to 4294967295"):
             make()
     Source((), (0, 2**32 - 1), SMALL)
 
