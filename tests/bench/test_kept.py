@@ -167,7 +167,7 @@ def test_a_folder_of_the_user_stays_whatever_its_note_says(trainer, content):
 
 def test_a_note_of_the_user_beside_a_model_makes_it_no_model_of_a_run(trainer):
     (trainer.place / "other" / NOTE).write_text('{"epochs": 3}')
-    trainer("one", "1")
+    trainer("third", "3")
     assert (trainer.place / "other" / "tsm.json").is_file()
     assert trainer.said == []
 
@@ -176,6 +176,6 @@ def test_our_note_without_its_model_is_set_aside(trainer):
     path = trainer.place / "other" / NOTE
     path.write_text(path.read_text().replace("1.0", "2.0"))
     (path.parent / "tsm.json").unlink()
-    trainer("one", "1")
+    trainer("third", "3")
     assert len(trainer.said) == 1
     assert (trainer.place / "damaged" / "other" / NOTE).is_file()
