@@ -413,9 +413,17 @@ def _fail_for(found: Collection[str]) -> None:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
+    from vitask.recipes import TOP_SEED
+
     given = split_names(text)
     if not all(word.isdecimal() for word in given) or (text and not given):
         raise UnknownName(f"--seeds is {text!r}; expected whole numbers such as 0,1,2")
+    for word in given:  # before int(), which refuses thousands of digits
+        if len(word.lstrip("0")) > len(str(TOP_SEED)) or int(word) > TOP_SEED:
+            shown = word if len(word) <= 40 else f"{word[:40]}..."
+            raise UnknownName(
+                f"--seeds: {shown} is not a seed; expected whole numbers from 0 to {TOP_SEED}"
+            )
     return tuple(sorted({int(word) for word in given}))
 
 

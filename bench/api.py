@@ -19,7 +19,7 @@ from vitask import settings as recipe_settings
 from vitask.data import spec
 from vitask.errors import InputError
 from vitask.guard import refuse_hub_kernels
-from vitask.recipes import RECIPES, Recipe
+from vitask.recipes import RECIPES, Recipe, check_seeds
 from vitask.recipes import recipe as named_recipe
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def run(
     for name, given in {"datasets": datasets, "data_root": data_root}.items():
         if isinstance(given, str):
             raise InputError(f"{name} is {given!r}; expected a list, such as [{given!r}]")
+    numbers = tuple(seeds)
+    check_seeds("seeds", numbers)
     by_hand, in_file = dict(settings or {}), dict[str, Any]()
     if isinstance(recipe, Path) or (isinstance(recipe, str) and recipe.endswith(".toml")):
         base, in_file = recipe_settings.read(Path(recipe))
@@ -93,7 +95,7 @@ def run(
     for name in (*names, *allowed):
         spec(name, roots=roots)
     plan = Plan(
-        base, data, names, roots, allowed, limit, Path(out), tuple(sorted(set(seeds))),
+        base, data, names, roots, allowed, limit, Path(out), tuple(sorted(set(numbers))),
         settings=in_file | by_hand, by_hand=by_hand,
     )  # fmt: skip
     wanted = [suites] if isinstance(suites, str) else list(dict.fromkeys(suites))

@@ -20,6 +20,7 @@ _NOT_DRAWN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
     "\U000e0000-\U000e0fff]"
 )
+_PERIODS = ".\u3002\uff0e\uff61"  # also ideographic, full-width and half-width
 _NOT_IN_A_LINE = {"Cc": "a control character", "Zl": "a line end", "Zp": "a line end"}
 
 
@@ -28,7 +29,8 @@ def canonical(text: str) -> str:
     """The form in which names are compared; canonical(canonical(text)) == canonical(text).
 
     Composed (NFC) and case-folded. Runs of white space are one blank. Invisible characters (zero
-    width, soft hyphen, marks of direction), blanks at both ends and final periods are left out.
+    width, soft hyphen, marks of direction), blanks at both ends and final periods, also those of
+    East Asian texts, are left out.
     """
     while (simpler := _simpler(text)) != text:
         text = simpler
@@ -43,7 +45,7 @@ def _simpler(text: str) -> str:
     folded = text.casefold()
     if not folded.isascii():
         folded = unicodedata.normalize("NFC", folded)
-    return " ".join(folded.split()).rstrip(". ")
+    return " ".join(folded.split()).rstrip(f"{_PERIODS} ")
 
 
 @lru_cache(maxsize=256)

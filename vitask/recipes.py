@@ -4,43 +4,68 @@ A recipe and a seed decide a result on given data; every record holds `asdict(re
 of the fields follow the paper (arXiv 2410.06456).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any
 
 from vitask.data import medmnist, phantom
 from vitask.errors import InputError
 from vitask.prompts import FORMS
 
-AT_LEAST = {  # fields and their least values
-    "train_limit": 1,
-    "val_limit": 1,
-    "corrupted_limit": 1,
-    "lora_rank": 1,
-    "tsm_image_size": 1,
-    "tsm_epochs": 1,
-    "tsm_batch_size": 1,
-    "stage1_epochs": 0,
-    "stage2_epochs": 0,
-    "feature_memory_mib": 0,
-    "batch_size": 4,
-    "score_batch_size": 1,
-    "lora_alpha": 1,
-    "weight_decay": 0,
-    "tsm_weight_decay": 0,
-    "rda_weight": 0,
-    "crt_weight": 0,
-    "warmup": 0,
-    "lora_dropout": 0,
+MANY = 10**9  # more images, and more memory, than there are
+SIDE = 65536  # of a matrix or a batch
+RANGES: dict[str, tuple[float, float]] = {  # fields, their least and their greatest values
+    "train_limit": (1, MANY),
+    "val_limit": (1, MANY),
+    "corrupted_limit": (1, MANY),
+    "lora_rank": (1, SIDE),
+    "tsm_image_size": (1, 4096),
+    "tsm_epochs": (1, 10**6),
+    "tsm_batch_size": (1, SIDE),
+    "stage1_epochs": (0, 10**6),
+    "stage2_epochs": (0, 10**6),
+    "feature_memory_mib": (0, MANY),
+    "batch_size": (4, SIDE),
+    "score_batch_size": (1, SIDE),
+    "lora_alpha": (1, SIDE),
+    "weight_decay": (0, 10**6),
+    "tsm_weight_decay": (0, 10**6),
+    "rda_weight": (0, 10**6),
+    "crt_weight": (0, 10**6),
+    "warmup": (0, 1),
+    "lora_dropout": (0, 1),
 }
-POSITIVE = ("learning_rate", "tsm_learning_rate", "vision_learning_rate", "max_grad_norm")
+POSITIVE = {  # fields above 0, and what they are below
+    "learning_rate": 10,
+    "tsm_learning_rate": 10,
+    "vision_learning_rate": 10,
+    "max_grad_norm": MANY,
+}
 BELOW_ONE = ("warmup", "lora_dropout")
+TOP_SEED = 2**32 - 1  # the greatest that numpy and scikit-learn take
 
 
 def _one_of(field: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise InputError(f"{field} is {value!r}; expected one of {', '.join(map(str, allowed))}")
+
+
+def check_seeds(what: str, seeds: Iterable[object]) -> None:
+    """InputError unless every seed is a whole number from 0 to TOP_SEED; `what` names them."""
+    for seed in seeds:
+        if not isinstance(seed, Integral) or not 0 <= int(seed) <= TOP_SEED:
+            raise InputError(
+                f"{what}: {_shown(seed)} is not a seed; expected whole numbers from 0 to {TOP_SEED}"
+            )
+
+
+def _shown(value: object) -> str:
+    """A value for a message; Python does not write integers of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +78,9 @@ class Study:
     stage2_epochs: int = 1
     tsm_epochs: int = 30
     seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        check_seeds("seeds of a study", self.seeds)
 
 
 SMALL = Study(datasets=("dermamnist", "retinamnist", "breastmnist"))
@@ -71,6 +99,9 @@ class Source:
     seeds: tuple[int, ...]
     study: Study
     samples: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        check_seeds("seeds", self.seeds)
 
 
 def _sources() -> dict[str, Source]:
@@ -159,16 +190,7 @@ class Recipe:
                 f"recipe {self.name!r} trains {self.trained!r} with step 'shared'; trained image "
                 "tokens need a forward for each branch: set step='three'"
             )
-        for name, least in AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:  # nor NaN
-                raise InputError(f"{name} is {value}; expected at least {least}")
-        for name in POSITIVE:
-            if not 0 < (value := getattr(self, name)) < float("inf"):
-                raise InputError(f"{name} is {value}; expected a number above 0")
-        for name in BELOW_ONE:
-            if (value := getattr(self, name)) >= 1:
-                raise InputError(f"{name} is {value}; expected a share below 1")
+        self._check_ranges()
         for name in ("vlm", "tsm"):
             if not (value := getattr(self, name)).strip():
                 raise InputError(f"{name} is {value!r}; expected a model's name or folder")
@@ -181,6 +203,23 @@ class Recipe:
                 f"batch_size is {self.batch_size}; expected a multiple of 4, because batches are "
                 "made of blocks of 4 samples (vitask/batches.py)"
             )
+
+    def _check_ranges(self) -> None:
+        """InputError for a number that no training could use; the message says the range."""
+        for name in BELOW_ONE:
+            if (value := getattr(self, name)) >= 1:
+                raise InputError(f"{name} is {_shown(value)}; expected a share below 1")
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:  # nor NaN
+                raise InputError(
+                    f"{name} is {_shown(value)}; expected at least {least} and at most {most}"
+                )
+        for name, bound in POSITIVE.items():
+            if not 0 < (value := getattr(self, name)) < bound:
+                raise InputError(
+                    f"{name} is {_shown(value)}; expected a number above 0 and below {bound}"
+                )
 
     @classmethod
     def of_json(cls, fields: Mapping[str, Any]) -> "Recipe":

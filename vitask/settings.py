@@ -74,6 +74,13 @@ def read(path: str | Path) -> tuple[Recipe, dict[str, Any]]:
     """
     path = Path(path)
     try:
+        return _read(path)
+    except RecursionError as error:
+        raise InputError(f"{path}: malformed TOML (nested too deeply)") from error
+
+
+def _read(path: Path) -> tuple[Recipe, dict[str, Any]]:
+    try:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected a file") from error

@@ -139,6 +139,26 @@ class VLM:
                     f"{where} does not fit {base.CONFIG}: {what}: {found}, expected {expected}; "
                     f"{base.REMEDY}"
                 )
+        self._check_pixels(where, pixels)
+
+    def _check_pixels(self, where: str, side: list[int]) -> None:
+        """InputError unless the image processor makes usable pixel values of a random image."""
+        shape = (1, side[0] // 2 + 3, side[1] // 2 + 3, 3)
+        image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        with boundary(where, base.REMEDY):
+            made = self._normalised(image).to(self.dtype)
+            found = tuple(made.shape)
+        wrong = ""
+        if found != (expected := (1, 3, *side)):
+            wrong = f"in the shape {found}, expected {expected}"
+        elif not made.isfinite().all():
+            wrong = "that are not finite"
+        elif (made.amax((2, 3)) == made.amin((2, 3))).any():
+            wrong = "that are all the same"
+        if wrong:
+            raise InputError(
+                f"{where} cannot be used: of a random image it makes values {wrong}; {base.REMEDY}"
+            )
 
     def check_base(self, expected: Mapping[str, str], checkpoint: Path) -> None:
         """InputError names the files of the base VLM that are not those of `expected`."""

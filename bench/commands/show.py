@@ -14,8 +14,9 @@ WIDTH = 80
 
 
 def overview(roots: Sequence[Path]) -> str:
-    """Suites, recipes and datasets."""
-    from vitask.data import specs
+    """Suites, recipes and datasets; of a card that cannot be used, why."""
+    from vitask.data import names, spec
+    from vitask.errors import InputError
     from vitask.recipes import RECIPES
 
     lines = ["suites (`list SUITE` shows the methods)"]
@@ -28,9 +29,14 @@ def overview(roots: Sequence[Path]) -> str:
         for r in RECIPES.values()
     ]
     lines.append("datasets (the first 12 also as phantom)")
-    for spec in specs("medmnist", roots).values():
-        kind = f"{len(spec.classes)} classes, {spec.task}"
-        lines.append(_entry(spec.name, f"{spec.modality}, {kind}, {spec.license}"))
+    for name in names("medmnist", roots):
+        try:
+            one = spec(name, source="medmnist", roots=roots)
+        except InputError as error:  # the other cards still count
+            lines.append(_entry(name, f"cannot be used: {error}"))
+            continue
+        kind = f"{len(one.classes)} classes, {one.task}"
+        lines.append(_entry(one.name, f"{one.modality}, {kind}, {one.license}"))
     return "\n".join(lines)
 
 

@@ -69,8 +69,9 @@ def command_line(roots: Sequence[Path], out: Path, arguments: Sequence[str] | No
     words = []
     for word in sys.argv[1:] if arguments is None else arguments:
         option, equals, value = word.partition("=")
-        value = names.get(value.rstrip("/") or value, value)
-        word = f"{option}={value}" if equals else names.get(word.rstrip("/") or word, word)
+        given = value if equals else word
+        named = names.get(str(Path(given)), given) if given else given  # ./a, a// and a/./ are a
+        word = f"{option}={named}" if equals else named
         if word not in ("--resume", "--fresh"):
             words.append(Path(word).name if word.endswith(".toml") else word)
     return " ".join(["python -m bench", *words])

@@ -3,13 +3,14 @@
 A damaged model, or one with a damaged note, is set aside and trained again; nothing is deleted.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vitask.card import EARLIER, NOTE
+from vitask.card import CARD, EARLIER, NOTE, TSM_FILES
 from vitask.errors import Damaged, boundary
 from vitask.files import digests, part_of, remove, told_apart
 from vitask.memory import Held
@@ -18,6 +19,7 @@ from vitask.sealed import SEAL, Fields, check_files, write_sealed
 Model = TypeVar("Model")
 DAMAGED = "damaged"  # the folder of models that were set aside
 REMEDY = "the model is trained again where it is needed"
+FIELDS = {"key": str, "seconds": float, "peak_mib": float}  # of a note, and `log` of any kind
 FULL = "free space there, or give another --out"
 
 
@@ -100,14 +102,36 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _whole(place: Path, say: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every model whose note is whole, and its note; the others are set aside."""
+    """Every model whose note is whole, and its note; other models are set aside.
+
+    A folder that a user put there, with a note of another kind, stays where it is.
+    """
     for folder in _folders(place):
         try:
             note = _note(folder)
         except Damaged as error:
-            _set_aside(folder, error, say)
+            if _ours(folder):
+                _set_aside(folder, error, say)
         else:
             yield folder, note
+
+
+def _ours(folder: Path) -> bool:
+    """Whether a folder whose note is not whole is a model of a run.
+
+    It has files of a model and a note with some of our fields, or with none that can be read; or
+    its note has the fields that only ours have.
+    """
+    try:
+        found = json.loads((folder / NOTE).read_text("utf-8"))
+    except Exception:  # cut, not UTF-8, nested too deeply, not readable
+        found = None
+    model = any((folder / name).is_file() for name in (CARD, TSM_FILES[0]))
+    if not found or not isinstance(found, dict):
+        return model
+    return {"key", "peak_mib"} <= found.keys() or (
+        model and not found.keys().isdisjoint((*FIELDS, "log"))
+    )
 
 
 def _note(folder: Path) -> dict[str, Any]:
@@ -120,7 +144,7 @@ def _note(folder: Path) -> dict[str, Any]:
     if "files" in fields.values or SEAL in fields.values:
         fields.check_seal()
         files = fields.digests("files")
-    for name, kind in (("key", str), ("seconds", float), ("peak_mib", float)):
+    for name, kind in FIELDS.items():
         fields.of(name, kind)
     if "log" not in fields.values:
         raise fields.damaged("it lacks the field 'log'")

@@ -18,7 +18,7 @@ from vitask.data.spec import Dataset
 from vitask.data.subset import subset
 from vitask.errors import InputError
 from vitask.prompts import instruction, sha256
-from vitask.recipes import Recipe
+from vitask.recipes import Recipe, check_seeds
 
 LABEL = 40  # characters of the settings in a folder's name; longer ones become a hash
 JUDGED_IMAGE = 0.25  # bootstrap and tests of a method, per test image and seed, in training samples
@@ -43,6 +43,9 @@ class Plan:
     seeds: tuple[int, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     by_hand: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_seeds("seeds", self.seeds)
 
     @property
     def folder(self) -> Path:

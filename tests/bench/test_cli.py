@@ -79,6 +79,8 @@ def test_version_and_help():
         (["run", "main", "--datasets", "brestmnist"], "did you mean breastmnist"),
         (["run", "main", "--allow-unverified", "bloodmist"], "did you mean bloodmnist"),
         (["run", "main", "--seeds", "0,one"], "whole numbers"),
+        (["run", "main", "--seeds", "0,4294967296"], "4294967296 is not a seed"),
+        (["run", "main", "--seeds", "9" * 5000], "9... is not a seed"),
         (["run"], "--all"),
         (["run", "main", "--all"], "--all"),
         (["run", "main", "--resume", "--fresh"], "one of them"),
@@ -454,3 +456,16 @@ def test_one_image_a_split_is_refused_before_anything_runs(plan):
     assert done.exit_code == 1
     assert "expected 2 or more" in done.output
     assert not list(plan.out.glob("*/records"))
+
+
+def test_a_card_that_cannot_be_used_is_named_in_the_list_and_the_others_count(tmp_path):
+    for name in ("deep", "twice"):
+        (tmp_path / f"{name}.npz").touch()
+    (tmp_path / "deep.json").write_text("[" * 10**5)
+    (tmp_path / "twice.json").write_text('{"name": 1, "name": 2}')
+    done = bench("list", "--data-root", tmp_path)
+    text = " ".join(done.output.split())
+    assert done.exit_code == 0
+    assert "deep cannot be used:" in text
+    assert "twice cannot be used:" in text
+    assert "chestmnist" in text

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from bench.__main__ import app
 from bench.api import run_plan
 from bench.runs import sets
+from bench.runs.environment import command_line
 from bench.runs.records import read_samples
 from bench.suite import suite
 from tests.bench.cheap_runs import problems, records_of
@@ -147,3 +148,16 @@ def test_what_has_no_mapping_is_said(patients):
     assert done.exit_code == 2
     assert "own has no groups, and its ids are places in the archive" in done.output
     assert load("own", source="medmnist", roots=[patients]).splits["test"].groups is None
+
+
+@pytest.mark.parametrize(
+    ("root", "given"),
+    [("jane_doe", "./jane_doe"), ("/d/jane_doe", "/d//jane_doe/"), ("a/jane", "a/./jane"),
+     ("./jane", "jane"), ("jane", "jane")],
+)  # fmt: skip
+def test_no_spelling_of_a_path_is_in_the_command_of_a_record(root, given):
+    words = ["run", "main", "", "--data-root", given, f"--data-root={given}", "--out", "./x"]
+    found = command_line([Path(root)], Path("x"), words)
+    assert found == (
+        "python -m bench run main  --data-root DATA_ROOT --data-root=DATA_ROOT --out OUT"
+    )

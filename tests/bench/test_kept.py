@@ -152,3 +152,30 @@ def test_what_is_not_a_model_makes_room(trainer):
     trainer("third", "3")
     assert (trainer.place / "damaged" / "third" / "notes.txt").read_text() == "years of work"
     assert trainer.trained == ["3"]
+
+
+@pytest.mark.parametrize("content", ["{}", "{", '{"log": [1], "seconds": 3}'])
+def test_a_folder_of_the_user_stays_whatever_its_note_says(trainer, content):
+    folder = trainer.place / "mine"
+    folder.mkdir()
+    (folder / NOTE).write_text(content)
+    (folder / "model.bin").write_text("years of work")
+    trainer("one", "1")
+    assert sorted(path.name for path in folder.iterdir()) == ["model.bin", NOTE]
+    assert trainer.said == []
+
+
+def test_a_note_of_the_user_beside_a_model_makes_it_no_model_of_a_run(trainer):
+    (trainer.place / "other" / NOTE).write_text('{"epochs": 3}')
+    trainer("third", "3")
+    assert (trainer.place / "other" / "tsm.json").is_file()
+    assert trainer.said == []
+
+
+def test_our_note_without_its_model_is_set_aside(trainer):
+    path = trainer.place / "other" / NOTE
+    path.write_text(path.read_text().replace("1.0", "2.0"))
+    (path.parent / "tsm.json").unlink()
+    trainer("third", "3")
+    assert len(trainer.said) == 1
+    assert (trainer.place / "damaged" / "other" / NOTE).is_file()

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from bench import api
 from bench.commands.compare import chosen, compare_methods, compare_runs
 from bench.commands.verify import differences
 from bench.report.page import page
@@ -19,6 +20,7 @@ from bench.runs.progress import Progress
 from bench.runs.records import Record
 from bench.suite import Method, suite
 from tests.bench.cheap_runs import complete, problems
+from vitask.errors import InputError
 from vitask.files import file_sha256
 
 
@@ -300,3 +302,11 @@ def test_runs_with_different_test_labels_are_not_compared(finished, tmp_path):
     pq.write_table(rows.from_pydict(columns, schema=rows.schema), path)
     with pytest.raises(ValueError, match="different labels; the runs are of different data"):
         compare_runs((plan.folder, other.folder), "cheap", "noisy")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_are_refused_before_anything_runs(plan, seed):
+    with pytest.raises(InputError, match=f"seeds: {seed} is not a seed"):
+        replace(plan, seeds=(seed,))
+    with pytest.raises(InputError, match=f"seeds: {seed} is not a seed"):
+        api.run("main", seeds=[seed])

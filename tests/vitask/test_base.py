@@ -211,3 +211,26 @@ def test_a_folder_without_config_and_a_file_are_refused(tmp_path):
 
 def test_the_pocket_model_is_whole():
     VLM.check("pocket")
+
+
+BAD_PIXELS = {
+    "mean text": {"image_mean": "x"},
+    "mean of two": {"image_mean": [0.5, 0.5]},
+    "mean not finite": {"image_mean": [float("nan")] * 3},
+    "scale text": {"rescale_factor": "a"},
+    "scale 0": {"rescale_factor": 0},
+    "resample": {"resample": 99},
+    "std 0": {"image_std": [0.0, 0.0, 0.0]},
+    "one std 0": {"image_std": [0.5, 0.0, 0.5]},
+    "no resizing": {"do_resize": False},
+}
+
+
+@pytest.mark.parametrize("case", BAD_PIXELS)
+def test_a_processor_that_makes_no_usable_pixels_is_refused(folder, case):
+    path = folder / "processor_config.json"
+    config = json.loads(path.read_text())
+    config["image_processor"] |= BAD_PIXELS[case]
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"tokenizer or processor of {folder} cannot be used"):
+        VLM.load(str(folder))

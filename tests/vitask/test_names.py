@@ -27,7 +27,7 @@ def test_the_canonical_form_is_its_own(text):
     form = canonical(text)
     assert canonical(form) == form
     assert form == form.strip()
-    assert not form.endswith(".")
+    assert not form.endswith((".", "\u3002", "\uff0e", "\uff61"))
     assert unicodedata.is_normalized("NFC", form)
 
 
@@ -55,6 +55,9 @@ SAME = [
     ("mass", "\u202emass\u202c"),
     ("❤", "❤\ufe0f"),
     ("1", "1."),
+    ("猫", "猫\u3002"),
+    ("猫", "猫\uff61"),
+    ("a", "a\uff0e ."),
     ("가", "\u1100\u1161"),
     ("ᾳ\u0345", "\u0345ᾳ\u0345".strip("\u0345") + "\u0345"),
 ]

@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from vitask.recipes import POCKET, RECIPES, Recipe, recipe
+from vitask.errors import InputError
+from vitask.recipes import POCKET, RECIPES, SMALL, Recipe, Source, Study, recipe
 
 
 def old_fields(recipe):
@@ -74,10 +75,30 @@ def test_equal_recipes_are_equal_keys():
         ({"warmup": 1.5}, "warmup is 1.5; expected a share below 1"),
         ({"lora_dropout": float("nan")}, "lora_dropout"),
         ({"vlm": " "}, "vlm is ' '; expected a model's name or folder"),
+        ({"learning_rate": 1e300}, "learning_rate is 1e.300; expected .* above 0 and below 10"),
+        ({"crt_weight": 1e300}, "expected at least 0 and at most 1000000"),
+        ({"lora_rank": 1 << 20000}, "lora_rank is an integer of 20001 bits; .* at most 65536"),
+        ({"tsm_image_size": 5000}, "expected at least 1 and at most 4096"),
+        ({"stage1_epochs": 10**7}, "expected at least 0 and at most 1000000"),
         ({"exemplar": False}, "rda_weight 1.0 without exemplar"),
     ],
-    ids=str,
+    ids=range(19),
 )
 def test_values_that_cannot_be_run_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(POCKET, **change)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1 << 20000], ids=range(3))
+def test_seeds_that_no_library_takes_are_refused(seed):
+    for make in (lambda: Source((), (0, seed), SMALL), lambda: Study(datasets=(), seeds=(seed,))):
+        with pytest.raises(InputError, match=r"is not a seed; expected .* from 0 to 4294967295"):
+            make()
+    Source((), (0, 2**32 - 1), SMALL)
+
+
+def test_every_number_of_a_recipe_has_a_greatest_value():
+    for name, value in asdict(POCKET).items():
+        if type(value) in (int, float):
+            with pytest.raises(InputError, match=name):
+                replace(POCKET, **{"step": "three", name: type(value)(4 * 10**30)})

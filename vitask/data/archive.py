@@ -7,7 +7,6 @@ groups (patients, lesions) become pseudonyms, so that no record holds them.
 
 import hashlib
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,10 +16,11 @@ import numpy as np
 
 from vitask.data.pseudonyms import pseudonyms
 from vitask.data.spec import SPLITS, Dataset, DatasetSpec, Split, ids
-from vitask.errors import InputError
+from vitask.errors import InputError, reason
 from vitask.files import file_sha256
 
 _GROUPS = "groups"
+_CONTENTS = "its table of contents"
 
 
 def load_file(
@@ -83,13 +83,30 @@ def _pseudonyms(path: Path, groups: Mapping[str, np.ndarray]) -> dict[str, str]:
 
 @contextmanager
 def _opened(path: Path) -> "Iterator[np.lib.npyio.NpzFile]":
+    with _reading(path, _CONTENTS):
+        archive = np.load(path, allow_pickle=False)
+    with archive:
+        yield archive
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Any error inside, of a library that reads `what` of the archive, becomes an InputError.
+
+    On a damaged file they raise almost anything: of zipfile, zlib, numpy, tokenize, ...
+    """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+        yield
+    except Exception as error:
+        if "allow_pickle" in str(error):
+            raise InputError(
+                f"{path}: {what} cannot be read: it holds pickled objects; expected a plain "
+                "numeric array. Pickles can run code and are never loaded: save the array with a "
+                "numeric dtype"
+            ) from error
         raise InputError(
-            f"{path}: the archive is damaged ({error}); expected a whole .npz file: "
-            "copy or download it again"
+            f"{path}: {what} cannot be read: the archive is damaged ({reason(error)}); expected a "
+            "plain numeric array in a whole .npz file: copy or download it again"
         ) from error
 
 
@@ -106,11 +123,13 @@ def _md5() -> "hashlib._Hash":
 def _check_archive(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{path} does not exist; put the .npz there, or give another data root")
-    if zipfile.is_zipfile(path):
-        return
+    with _reading(path, _CONTENTS):
+        whole = zipfile.is_zipfile(path)
     length = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(4)
+    if whole and start in (b"PK\x03\x04", b"PK\x05\x06"):  # the second: without a member
+        return
     if start == b"PK\x03\x04":
         raise InputError(
             f"{path}: the archive is truncated: it starts as a zip, but its table of contents is "
@@ -139,17 +158,11 @@ def _check_keys(path: Path, found: list[str], *, groups_allowed: bool) -> bool:
 
 
 def _array(path: Path, archive: "np.lib.npyio.NpzFile", key: str) -> np.ndarray:
-    try:
+    with _reading(path, key):
         found = archive[key]
         if not isinstance(found, np.ndarray):  # a member that does not start like an array
-            raise InputError(f"starts with {bytes(found[:6])!r}")
-        return found
-    except ValueError as error:
-        reason = "holds pickled objects" if "allow_pickle" in str(error) else f"({error})"
-        raise InputError(
-            f"{path}: {key} cannot be read: it {reason}; expected a plain numeric array. Pickles "
-            "can run code and are never loaded: save the array with a numeric dtype"
-        ) from error
+            raise ValueError(f"it starts with {bytes(found[:6])!r}")
+    return found
 
 
 def _images(
@@ -205,5 +218,7 @@ def _groups(
                 f"{path}: {key} is {groups.dtype} {groups.shape}, expected texts or integers "
                 f"({count},), one for each image"
             )
-        found[split] = groups.astype(np.str_)
+        with _reading(path, key):  # characters that do not exist, or half of a pair
+            found[split] = groups.astype(np.str_)
+            "".join(found[split].tolist()).encode()
     return found

@@ -107,7 +107,16 @@ def find(name: str, roots: Sequence[Path]) -> Path:
 def read_card(path: Path) -> DatasetSpec:
     """The description in a card; a ValueError names the field, its value and what is expected."""
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        return _read(path)
+    except RecursionError as error:
+        raise InputError(f"{path}: not a JSON card (nested too deeply)") from error
+
+
+def _read(path: Path) -> DatasetSpec:
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except ValueError as error:  # not JSON, or not UTF-8
         raise InputError(f"{path}: not a JSON card ({error}); expected an object") from error
     if not isinstance(card, dict):
@@ -140,6 +149,16 @@ def read_card(path: Path) -> DatasetSpec:
         )
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; InputError for a key that it has twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise InputError(f"the key {key!r} is there twice in one object; keep one of the two")
+        found[key] = value
+    return found
 
 
 def load(name: str, roots: Sequence[Path], *, size: int = 28) -> Dataset:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 from vitask import data
 from vitask.data import SPLITS, card, medmnist
 from vitask.data.archive import file_md5, load_file
+from vitask.data.spec import Dataset
+from vitask.errors import InputError
 
 COUNTS = {"train": 9, "val": 4, "test": 5}
 
@@ -204,6 +207,20 @@ def test_a_damaged_member_is_refused(tmp_path):
         read(path, spec)
 
 
+def test_an_archive_with_any_changed_byte_is_read_or_refused(tmp_path):
+    spec, path = small("breastmnist"), tmp_path / "own.npz"
+    groups = {f"{split}_groups": np.arange(COUNTS[split]).astype(str) for split in SPLITS}
+    tiny = {k: v[:, :2, :2] if "images" in k else v for k, v in arrays(spec).items()}
+    np.savez(path, **tiny, **groups)
+    whole, rng = np.frombuffer(path.read_bytes(), dtype=np.uint8), np.random.default_rng(0)
+    for at in rng.integers(0, len(whole), 100):
+        changed = whole.copy()
+        changed[at] ^= rng.integers(1, 256, dtype=np.uint8)
+        path.write_bytes(changed.tobytes())
+        with suppress(InputError):
+            assert isinstance(load_file(path, spec, size=2, source="card"), Dataset)
+
+
 # Cards
 
 
@@ -297,10 +314,22 @@ def test_a_bad_card_is_refused_and_named(case, tmp_path):
     assert str(tmp_path / "own") in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{", "", "[1]", "\xff"], ids=["cut", "empty", "list", "latin"])
+DEEP = '{"note": ' + "[" * 10**5
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "", "[1]", "\xff", DEEP], ids=["cut", "empty", "list", "latin", "deep"]
+)
 def test_a_card_that_is_not_a_json_object_is_refused(text, tmp_path):
     write_own(tmp_path, small("breastmnist")).write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"own\.json: (not a JSON card|holds a list)"):
+        data.load("own", source="medmnist", roots=[tmp_path])
+
+
+def test_a_card_with_a_key_twice_is_refused(tmp_path):
+    path = write_own(tmp_path, small("breastmnist"))
+    path.write_text(path.read_text().replace('"label": {', '"label": {"1": "other", '))
+    with pytest.raises(InputError, match=r"own\.json: the key '1' is there twice"):
         data.load("own", source="medmnist", roots=[tmp_path])
 
 
