@@ -24,8 +24,9 @@ from vitask.card import Task
 from vitask.checkpoint import VITask
 from vitask.data import load
 from vitask.data.images import read_image
+from vitask.errors import InputError
 from vitask.exemplar import ExemplarConnector
-from vitask.files import digests, part_of
+from vitask.files import check_destination, digests, part_of
 from vitask.recipes import POCKET, vanilla
 from vitask.tsm import TSM, heads
 from vitask.vlm import VLM
@@ -359,7 +360,6 @@ def test_options_are_checked_first(models, images, tmp_path, no_model, model, wo
         ("one/vitask.json", "cannot be written: it is a file of the run or checkpoint"),
         ("other/vitask.json", "cannot be written: it is a file of the run or checkpoint"),
         ("loop.csv", "cannot be written"),
-        ("nul\0.csv", "cannot be written: embedded null byte"),
     ],
 )
 def test_images_and_checkpoints_are_not_replaced(
@@ -377,6 +377,11 @@ def test_images_and_checkpoints_are_not_replaced(
     assert message in done.output
     assert "Traceback" not in done.output
     assert (sorted(tmp_path.rglob("*")), digests(images), digests(tmp_path / "one")) == before
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--output .* cannot be written: embedded null byte"):
+        check_destination(tmp_path / "nul\0.csv", "--output")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"\xff", b'{"tasks": {"a": 1}}'])
