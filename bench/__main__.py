@@ -95,7 +95,7 @@ def run(
     from vitask.files import check_destination
 
     if trace is not None:
-        check_destination(trace, "--trace")
+        trace = check_destination(trace, "--trace")
     if all_suites == bool(suites):
         raise UnknownName("name the suites to run, or give --all (one of the two)")
     if resume and fresh:
@@ -301,7 +301,7 @@ def compare(
 
     check_known("suite", suite, SUITES)
     if csv is not None:
-        check_destination(csv, "--csv")
+        csv = check_destination(csv, "--csv")
     given = [(Path(one) / "run.json").is_file() for one in (first, second)]
     if any(given) and not all(given):
         other = second if given[0] else first

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.errors import told
+from bench.errors import of_the_machine, told
 from bench.report import render
 from bench.runs import sets
 from bench.runs.environment import command_line
@@ -164,7 +164,8 @@ def _run_job(job: Job, done: Run, progress: Progress, command: str, cache: Any) 
         written, frame = render.write(done.folder, records)
         progress.advance(job.judging_units, f"{name}: tables", finished=computed > 0)
     except Exception as error:  # the other suites go on
-        done.failed[name] = described(error)
+        kept = "; what is complete was kept, the same command goes on"
+        done.failed[name] = described(error) + (kept if of_the_machine(error) else "")
         return
     done.computed[name], done.tables[name] = computed, frame
     done.pages[name] = next(path for path in written if path.suffix == ".md")

@@ -8,9 +8,10 @@ from collections.abc import Collection
 from pathlib import Path
 from tempfile import mkdtemp
 
-from vitask.errors import InputError
+from vitask.errors import InputError, reason
 
 PART = ".vitask-part"  # ends the names of what is being written, and of nothing else
+MADE = ("run.json", "vitask.json")  # a folder with one of them is a run or a checkpoint
 HERE, EXCHANGE = -100, 2  # of renameat2: paths as they are; exchange the two
 
 
@@ -40,24 +41,54 @@ def part_folder(parent: Path | None, name: str) -> Path:
     return Path(mkdtemp(dir=parent, prefix=f".{name}.", suffix=PART))
 
 
+def shown_name(path: Path) -> str:
+    """A file's name as text, the same in every locale; bytes that are not UTF-8 as escapes."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
 def check_destination(path: Path, option: str) -> Path:
     """Where a file will be written (a link stays a link); InputError if that cannot be done.
+
+    A file that is in a run or a checkpoint already is not replaced. To be sure, the part is
+    created and deleted; one that an earlier command left is not touched.
 
     option: how the user named it, such as "--output"
     """
     try:
         place = path.resolve()
+        if place.is_symlink():
+            raise OSError(0, "the link leads back to itself")
         if place.exists() and not (place.is_file() and os.access(place, os.W_OK)):
             raise OSError(0, "what is there is not a file that you may replace")
+        if place.exists() and (owner := _owner(place)):
+            raise OSError(0, f"it is a file of the run or checkpoint {owner}")
         folder = place.parent
         while not folder.exists():
             folder = folder.parent
         if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
             raise OSError(0, f"{folder} is not a folder that you may write to")
-    except OSError as error:
-        why = error.strerror
+        _try_out(folder / part_of(place).name)
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself; a NUL in the name
+        why = (isinstance(error, OSError) and error.strerror) or reason(error)
         raise InputError(f"{option} {path} cannot be written: {why}; name another file") from error
     return place
+
+
+def _owner(place: Path) -> Path | None:
+    """The run or checkpoint that a file is in."""
+    made = ((folder, folder / name) for folder in place.parents for name in MADE)
+    return next((folder for folder, file in made if file.is_file()), None)
+
+
+def _try_out(part: Path) -> None:
+    """Create an empty file and delete it; OSError if that cannot be done."""
+    try:
+        part.open("xb").close()
+    except FileExistsError:
+        if not (part.is_file() and os.access(part, os.W_OK)):
+            raise
+    else:
+        part.unlink()
 
 
 def sweep(folder: Path) -> None:

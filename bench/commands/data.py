@@ -106,12 +106,13 @@ def ids(
     """Which id in records stands for which file, patient or lesion. Keep it with the images."""
     from vitask.data import card, external
     from vitask.errors import boundary
-    from vitask.files import check_destination, write_text
+    from vitask.files import check_destination, shown_name, write_text
 
     roots = data_folders(data_root)
     place = None if csv_file is None else check_destination(csv_file, "--csv")
     if name in external.names("files", roots):
-        header, found = ("file", "id"), external.image_ids(name, roots)
+        given = external.image_ids(name, roots)
+        header, found = ("file", "id"), {shown_name(Path(file)): i for file, i in given.items()}
     elif card.begun(name, roots):
         header, found = ("group", "digest"), card.groups(name, roots, size=size)
         if not found:

@@ -9,8 +9,9 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -19,9 +20,9 @@ import typer
 
 from bench.commands.cli import UnknownName
 from vitask.card import read_card
-from vitask.data.images import image_files, notes, read_image, unmistakable
-from vitask.errors import boundary
-from vitask.files import check_destination, part_of
+from vitask.data.images import ENDINGS, image_files, notes, read_image, unmistakable
+from vitask.errors import InputError, boundary
+from vitask.files import check_destination, part_of, shown_name
 
 if TYPE_CHECKING:
     from vitask.checkpoint import VITask
@@ -52,7 +53,8 @@ def predict_folder(
     files, skipped = image_files(folder)
     for text in skipped:
         typer.echo(f"skipped: {text}", err=True)
-    with _destination(output) as file:
+    place = None if output is None else _place(output, checkpoint, folder)
+    with _destination(place) as table:
         import torch
         from transformers.utils import logging
 
@@ -65,7 +67,7 @@ def predict_folder(
         if (temperature := model.temperature(name, exemplar=exemplar)) != 1:
             text = f"probabilities are at temperature {temperature:.3g}, fitted on validation data"
             typer.echo(text, err=True)
-        return _write(file, model, name, folder, files, exemplar)
+        return _write(table, model, name, folder, files, exemplar)
 
 
 def columns(texts: Sequence[str], own: Sequence[str]) -> list[str]:
@@ -90,38 +92,105 @@ def _chosen(dataset: str | None, known: list[str]) -> str:
     raise UnknownName(f"this checkpoint answers for {listed}{unknown}: name one with --dataset")
 
 
-@contextmanager
-def _destination(output: Path | None) -> Iterator[TextIO]:
-    """Standard output, or a part file beside `output` that replaces it once it is complete."""
-    if output is None:
-        yield sys.stdout
-        return
+def _place(output: Path, checkpoint: Path, folder: Path) -> Path:
+    """Where the CSV goes; InputError if that is in the checkpoint, or one of the images."""
     place = check_destination(output, "--output")
-    with boundary(f"--output {output}", "name another file"):
+    if place.is_relative_to(checkpoint.resolve()):
+        raise InputError(
+            f"--output {output} is in the checkpoint {checkpoint}; name a file elsewhere"
+        )
+    for one in (place, output.parent.resolve() / output.name):  # what a link leads to, and the link
+        image = one.suffix.lower() in ENDINGS and one.is_relative_to(folder.resolve())
+        if image and place.exists():
+            raise InputError(f"--output {output} is one of the images; name another file")
+    return place
+
+
+@dataclass
+class _Table:
+    """Where rows go.
+
+    place: None for standard output
+    sizes: bytes of the file after the header and after each batch
+    """
+
+    file: TextIO
+    place: Path | None = None
+    sizes: list[int] = field(default_factory=list)
+
+    def write(self, rows: Sequence[Sequence[str]]) -> None:
+        """The header or a batch; whoever reads along sees whole batches."""
+        if self.place is None:
+            csv.writer(self.file, lineterminator="\n").writerows(rows)
+            self.file.flush()
+            return
+        with boundary(f"--output {self.place}", "make room, or name another file"):
+            csv.writer(self.file, lineterminator="\n").writerows(rows)
+            self.file.flush()
+            self.sizes.append(os.fstat(self.file.fileno()).st_size)
+
+
+@contextmanager
+def _destination(place: Path | None) -> Iterator[_Table]:
+    """Standard output, or a part file beside `place` that replaces it once it is complete.
+
+    Of a command that stops early, the part stays, with whole batches only; without any, it is
+    deleted.
+    """
+    if place is None:
+        with _utf8():
+            yield _Table(sys.stdout)
+        return
+    what, part = f"--output {place}", part_of(place)
+    with boundary(what, "name another file"):
         place.parent.mkdir(parents=True, exist_ok=True)
-        part = part_of(place)
         file = part.open("w", encoding="utf-8", newline="")
+    table = _Table(file, place)
     try:
-        with file:
-            yield file
+        yield table
+        with boundary(what, "make room, or name another file"):
             os.fsync(file.fileno())
-        os.replace(part, place)
+            file.close()
+            os.replace(part, place)
+    except BaseException:
+        with suppress(OSError):
+            file.close()
+        with suppress(OSError):
+            if len(table.sizes) > 1:
+                os.truncate(part, table.sizes[-1])
+                typer.echo(f"the rows so far are in {shown_name(part)}", err=True)
+            else:
+                part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _utf8() -> Iterator[None]:
+    """Standard output in UTF-8, as the file would be, unless a terminal shows it."""
+    stream = sys.stdout
+    if not isinstance(stream, TextIOWrapper) or stream.isatty():
+        yield
+        return
+    before, errors = stream.encoding, stream.errors
+    stream.reconfigure(encoding="utf-8", errors=errors)
+    try:
+        yield
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # a reader who has gone
+            stream.reconfigure(encoding=before, errors=errors)
 
 
 def _write(
-    file: TextIO, model: "VITask", name: str, folder: Path, files: Sequence[Path], exemplar: bool
+    table: _Table, model: "VITask", name: str, folder: Path, files: Sequence[Path], exemplar: bool
 ) -> int:
     """The header, and batch by batch a row for each image; returns how many were unreadable."""
     spec, texts = model.tasks[name].spec, model.tasks[name].candidates.texts
     side, done = model.recipe.source_size, Counter[str]()
     # on the face of everything that phantom data made
     mark = {"trained_on": "PHANTOM data"} if "vitask/data/phantom.py" in spec.source else {}
-    table = csv.writer(file, lineterminator="\n")
     size, unreadable = model.recipe.score_batch_size, 0
     own = ["file", *mark, "answer", "generated", "error"]
-    table.writerow([*own, *columns(texts, own)])
+    table.write([[*own, *columns(texts, own)]])
     for start in range(0, len(files), size):
         batch, images, rows = files[start : start + size], {}, {}
         for path in batch:
@@ -138,10 +207,13 @@ def _write(
             for path, text, p in zip(images, model.write(name, tokens), probability, strict=True):
                 digits = [f"{value:.6f}" for value in p]
                 rows[path] = [*mark.values(), texts[p.argmax()], text, "", *digits]
-        for path in batch:  # a name that is not UTF-8 is written with escapes
-            cells = [path.as_posix(), *rows[path]]
-            table.writerow([cell.encode(errors="backslashreplace").decode() for cell in cells])
-        file.flush()  # whoever reads along sees whole batches
+        lines = ([shown_name(path), *rows[path]] for path in batch)
+        table.write([[_encodable(cell) for cell in line] for line in lines])
     for text in notes(done):
         typer.echo(text, err=True)
     return unreadable
+
+
+def _encodable(text: str) -> str:
+    """What UTF-8 cannot hold, such as half of a surrogate pair, becomes an escape."""
+    return text.encode(errors="backslashreplace").decode()

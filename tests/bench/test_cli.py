@@ -1,5 +1,6 @@
 """The command line: answers, files, messages and exit codes."""
 
+import errno
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from bench.__main__ import app
 from bench.commands import doctor
+from bench.errors import told
 from bench.suite import SUITES, suite
 from vitask.errors import InputError
 from vitask.recipes import RECIPES
@@ -259,6 +261,14 @@ def test_compare_takes_methods_or_runs(plan, tmp_path):
     assert done.exit_code == 1
     assert "vanilla is not a run" in done.output
     assert bench("compare", "noisy", "vanilla", "--suite", "main", "--run", a).exit_code == 1
+    words = ["compare", "noisy", "vanilla", "--suite", "cheap", "--run", a, "--csv"]
+    manifest = (a / "run.json").read_bytes()
+    for place in (a / "run.json", next(a.glob("records/*")), "/proc/x.csv", tmp_path / (249 * "a")):
+        done = bench(*words, place)
+        assert done.exit_code == 1
+        assert done.output.startswith(f"error: --csv {place} cannot be written: ")
+    assert (a / "run.json").read_bytes() == manifest
+    assert bench(*words, a / "new.csv").exit_code == 0
 
 
 def other_suite(monkeypatch, name, **changed):
@@ -422,6 +432,17 @@ def test_another_locale_changes_no_answer(plan, word):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
     assert word == "list" or b"3 record(s) of cheap: ok" in done.stdout
+
+
+def test_what_the_system_refuses_is_told_and_a_fault_of_ours_is_shown():
+    for number in errno.errorcode:
+        error = OSError(number, os.strerror(number), "a.csv")
+        text = None if number in (errno.EPIPE, errno.ESHUTDOWN) else f"a.csv: {error.strerror}"
+        assert told(error) == text
+        nameless = OSError(number, os.strerror(number))
+        ours = text is None or isinstance(nameless, FileNotFoundError | FileExistsError)
+        assert told(nameless) == (None if ours else error.strerror)
+    assert told(OSError("a text")) is told(FileNotFoundError("a text")) is told(KeyError()) is None
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -22,8 +24,9 @@ from vitask.card import Task
 from vitask.checkpoint import VITask
 from vitask.data import load
 from vitask.data.images import read_image
+from vitask.errors import InputError
 from vitask.exemplar import ExemplarConnector
-from vitask.files import part_of
+from vitask.files import check_destination, digests, part_of
 from vitask.recipes import POCKET, vanilla
 from vitask.tsm import TSM, heads
 from vitask.vlm import VLM
@@ -194,6 +197,41 @@ def test_a_stopped_run_keeps_the_old_file(models, images, tmp_path, monkeypatch,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.csv", "images"]
 
 
+@pytest.mark.parametrize("stop", ["interrupted", "File too large"])
+def test_a_stopped_run_keeps_its_whole_batches(models, images, tmp_path, monkeypatch, stop):
+    output, calls, judge = tmp_path / "answers.csv", [], VITask.image_tokens
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    output.write_text("old")
+
+    def stopped(self, images, **options):
+        calls.append(1)
+        if len(calls) == 3 and stop == "interrupted":
+            raise KeyboardInterrupt
+        if len(calls) == 3:  # the system takes a few bytes of the third batch, and no more
+            size = part_of(output).stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 9, limits[1]))
+        return judge(self, images, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VITask, "image_tokens", stopped)
+        try:
+            done = predict(models / "one", images, "--batch-size", 2, "--output", output)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.exit_code == 1
+    assert output.read_text() == "old"
+    assert f"the rows so far are in {part_of(output)}\n" in done.stderr
+    assert stop in done.stderr
+    assert "goes on" not in done.stderr
+    assert "Traceback" not in done.stderr
+    so_far = part_of(output).read_text()
+    assert len(table(so_far)) == 4
+    done = predict(models / "one", images, "--batch-size", 2, "--output", output)
+    assert done.exit_code == 0, done.output
+    assert output.read_text().startswith(so_far)
+    assert not part_of(output).exists()
+
+
 # Unreadable images
 
 
@@ -259,7 +297,23 @@ def test_any_file_name_can_be_written(models, tmp_path):
         Image.new("L", (4, 4)).save(tmp_path / "images" / name)
     done = predict(models / "one", tmp_path / "images")
     assert done.exit_code == 0, done.output
-    assert table(done.stdout).file.tolist() == [*names[:2], "\\udcff.png"]
+    assert table(done.stdout).file.tolist() == [*names[:2], "\\xff.png"]
+
+
+def test_another_locale_changes_no_name(models, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "images" / "été.png")
+    (tmp_path / "images" / "à.png").touch()
+    words = ["-m", "bench", "predict", models / "one", tmp_path / "images"]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    frame = table(done.stdout.decode())
+    assert frame.file.tolist() == ["à.png", "été.png"]
+    assert frame.error[0].startswith(f"{tmp_path / 'images' / 'à.png'} is not a readable image")
 
 
 # The command line, checked before the model is loaded
@@ -282,6 +336,9 @@ def test_any_file_name_can_be_written(models, tmp_path):
         ("one", ["--output", "/dev/null"], 1, "--output /dev/null cannot be written"),
         ("one", ["--output", "{tmp}/notes.txt/a.csv"], 1, "notes.txt/a.csv cannot be written"),
         ("one", ["--output", "{tmp}/" + 300 * "a"], 1, "File name too long"),
+        ("one", ["--output", "{tmp}/" + 249 * "a"], 1, "File name too long"),  # of its part
+        ("one", ["--output", "{tmp}/new/" + 249 * "a"], 1, "File name too long"),
+        ("one", ["--output", "/proc/x.csv"], 1, "--output /proc/x.csv cannot be written"),
     ],
 )
 def test_options_are_checked_first(models, images, tmp_path, no_model, model, words, code, message):
@@ -291,6 +348,40 @@ def test_options_are_checked_first(models, images, tmp_path, no_model, model, wo
     assert message.format(tmp=tmp_path) in done.output
     assert "Traceback" not in done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("images/grey.jpg", "is one of the images"),
+        ("images/link.PNG", "is one of the images"),
+        ("answers.png", "is one of the images"),  # a link to an image
+        ("one/new.csv", "is in the checkpoint"),
+        ("one/vitask.json", "cannot be written: it is a file of the run or checkpoint"),
+        ("other/vitask.json", "cannot be written: it is a file of the run or checkpoint"),
+        ("loop.csv", "cannot be written"),
+    ],
+)
+def test_images_and_checkpoints_are_not_replaced(
+    models, images, tmp_path, no_model, output, message
+):
+    for name in ("one", "other"):
+        shutil.copytree(models / "one", tmp_path / name)
+    (tmp_path / "away").touch()
+    (images / "link.PNG").symlink_to(tmp_path / "away")
+    (tmp_path / "answers.png").symlink_to(images / "grey.jpg")
+    (tmp_path / "loop.csv").symlink_to(tmp_path / "loop.csv")
+    before = sorted(tmp_path.rglob("*")), digests(images), digests(tmp_path / "one")
+    done = predict(tmp_path / "one", images, "--output", f"{tmp_path}/{output}")
+    assert done.exit_code == 1
+    assert message in done.output
+    assert "Traceback" not in done.output
+    assert (sorted(tmp_path.rglob("*")), digests(images), digests(tmp_path / "one")) == before
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--output .* cannot be written: embedded null byte"):
+        check_destination(tmp_path / "nul\0.csv", "--output")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"\xff", b'{"tasks": {"a": 1}}'])

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import unicodedata
 from contextlib import suppress
@@ -337,6 +338,24 @@ def test_accents_may_be_stored_apart_from_their_letters(tmp_path):
     found = set(read("aptos2019", tmp_path).splits["train"].ids)
     (folder / f"{apart}.png").rename(folder / f"{composed}.png")
     assert set(read("aptos2019", tmp_path).splits["train"].ids) == found
+
+
+def test_ids_are_equal_in_every_locale(tmp_path):
+    folder = aptos(tmp_path) / "train_images"
+    (folder / "a3.png").rename(folder / "é3.png")
+    changed(folder.parent, ("a3,3", "é3,3"))
+    code = (
+        "import sys; from pathlib import Path; from vitask.data.external import image_ids\n"
+        "print(sorted(image_ids('aptos2019', [Path(sys.argv[1])]).values()))"
+    )
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == f"{sorted(external.image_ids('aptos2019', [tmp_path]).values())}\n", (
+        done.stderr
+    )
 
 
 def test_a_file_that_is_not_regular_is_not_waited_for(tmp_path):

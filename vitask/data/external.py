@@ -17,6 +17,7 @@ Phantom: other pictures of RetinaMNIST's phantom, with another shift for each se
 """
 
 import hashlib
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -118,7 +119,7 @@ def _image_ids(name: str, folder: Path, labelled: Labelled) -> dict[Path, str]:
     with boundary(f"the images in {folder}", "make them readable, or copy them again"):
         for line in sorted(f"{file_sha256(path)} {grade}\n" for path, grade, _ in labelled):
             whole.update(line.encode())
-    relative = {path: _composed(path.relative_to(folder).as_posix()) for path, _, _ in labelled}
+    relative = {path: _name(path.relative_to(folder)) for path, _, _ in labelled}
     digests = pseudonyms(relative.values(), whole.digest())
     return {path: f"{name}/{split}/{digests[relative[path]]}" for path, _, split in labelled}
 
@@ -199,7 +200,7 @@ class _Images:
         self.given: dict[str, Row] = {}
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
-                self.files.setdefault(_composed(path.stem), []).append(path)
+                self.files.setdefault(_name(Path(path.stem)), []).append(path)
 
     def stem(self, row: Row) -> str:
         """The name of a row's image without its ending; InputError if another row has it."""
@@ -230,8 +231,13 @@ class _Images:
         return found[0]
 
 
+def _name(path: Path) -> str:
+    """A file's name as a table in UTF-8 has it; the locale does not count."""
+    return _composed(os.fsencode(path.as_posix()).decode("utf-8", "surrogateescape"))
+
+
 def _composed(name: str) -> str:
-    """A file's name in one Unicode form: some systems store accents apart from their letters."""
+    """A name in one Unicode form: some systems store accents apart from their letters."""
     return unicodedata.normalize("NFC", name)
 
 

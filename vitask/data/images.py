@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageCms, ImageOps
 
 from vitask.errors import InputError, reason
+from vitask.files import shown_name
 
 # Pillow's formats of still images that it decodes itself. The content decides, not the ending.
 FORMATS = {
@@ -84,7 +85,8 @@ def read_image(
                 picture = _shown(image, seen).convert("RGB" if channels == 3 else "L")
         pixels = np.asarray(_resized(picture, size, square), dtype=np.uint8)
     except Exception as error:  # on a damaged file Pillow's readers raise almost anything
-        raise InputError(f"{path} is not a readable image ({reason(error)})") from error
+        what = f"{shown_name(path)} is not a readable image"
+        raise InputError(f"{what} ({reason(error)})") from error
     if done is not None:
         done.update(seen)
     return pixels
