@@ -124,8 +124,11 @@ class VITask:
     ) -> Float[Tensor, "images tokens hidden"]:
         """The tokens at the image's place in the prompt, with or without exemplar tokens.
 
-        images: uint8 (n, side, side) or (n, side, side, 3), of the recipe's source_size
+        images: uint8 (n, side, side) or (n, side, side, 3), of the recipe's source_size; unlike
+            `predict`, it takes three grey images for what they are
         """
+        if isinstance(images, np.ndarray):
+            images = unmistakable(images)
         check_images(images, side=self.recipe.source_size)
         wanted = self.tsm is not None if exemplar is None else exemplar
         image = self.vlm.image_features(images)

@@ -109,6 +109,8 @@ def test_good_arrays_pass_everywhere(entries):
 @pytest.mark.parametrize("case", WRONG)
 def test_other_arrays_are_refused_with_the_remedy_everywhere(entries, case, unchecked):
     images, remedy = WRONG[case]
+    if case == "one, channels first":  # there they are three grey images
+        del entries["VITask.image_tokens"]
     for entry in entries.values():
         with pytest.raises(InputError, match=re.escape(remedy)) as caught:
             entry(images)
