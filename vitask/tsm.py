@@ -22,7 +22,7 @@ from vitask.backbone import build, check, check_alone, check_kind, colours
 from vitask.card import TSM_FILES
 from vitask.data.images import check_images, unmistakable
 from vitask.data.spec import Dataset, DatasetSpec
-from vitask.errors import InputError, boundary, intact
+from vitask.errors import Diverged, InputError, boundary, intact
 from vitask.files import file_sha256, write_bytes
 from vitask.names import canonical
 from vitask.recipes import Recipe
@@ -287,6 +287,11 @@ def train_tsm(
             schedule.step()
             optimizer.zero_grad()
             total += float(loss.detach())
+            if not np.isfinite(total):
+                raise Diverged(
+                    f"the loss is {total} in epoch {epoch + 1} of the TSM {recipe.tsm!r}; lower "
+                    "the recipe's tsm_learning_rate"
+                )
         curve.append(_validate(model, datasets) | {"loss": total / len(sample)})
         if curve[-1]["mean"] > max((c["mean"] for c in curve[:-1]), default=-1.0):
             best = {name: value.detach().clone() for name, value in model.state_dict().items()}

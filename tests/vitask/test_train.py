@@ -377,6 +377,12 @@ def test_tsm_learns_and_one_seed_gives_one_model(recipe, tiny_datasets):
         assert torch.equal(a, b)
 
 
+def test_a_tsm_that_diverges_says_so(recipe, tiny_datasets):
+    wild = replace(recipe, tsm_learning_rate=9.0, tsm_weight_decay=1e6, tsm_epochs=40)
+    with pytest.raises(FloatingPointError, match="lower the recipe's tsm_learning_rate"):
+        train_tsm(tiny_datasets, wild, 0)
+
+
 def test_self_check_passes_on_images_and_stops_on_a_model_that_ignores_them(tuned, tiny_datasets):
     model, _ = tuned
     image = Features(tiny_datasets, model.vlm.image_features)
