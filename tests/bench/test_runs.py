@@ -300,6 +300,9 @@ def test_runs_with_different_test_labels_are_not_compared(finished, tmp_path):
     columns = rows.to_pydict()
     columns["label"][0] = [1 - v for v in columns["label"][0]]
     pq.write_table(rows.from_pydict(columns, schema=rows.schema), path)
+    record = Record.read(other.folder / "records" / "cheap-noisy-seed0.json")
+    record.samples_sha256 = file_sha256(path)
+    record.write(other.folder)
     with pytest.raises(ValueError, match="different labels; the runs are of different data"):
         compare_runs((plan.folder, other.folder), "cheap", "noisy")
 
