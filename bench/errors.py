@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def of_the_machine(error: BaseException) -> bool:
     """Whether the system refused: no space, no permission, a name too long, a broken device.
 
-    A file that is missing or in the way, without its name, is a fault of this project. A reader
-    who has gone (`| head`) is no error: the library of the command line ends quietly.
+    A file that is missing or in the way, without its name, is a fault of this project. A closed
+    pipe (`| head`) is not an error: typer ends the command quietly.
     """
     if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):
         return False

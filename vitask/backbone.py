@@ -24,7 +24,7 @@ from vitask.errors import InputError, boundary, reason
 
 FEATURES = ("cls", "all")
 CLASSES = 7  # of a trial: no default of timm's, so a model that ignores the number is found out
-# Numbers of which sizes may have to be multiples: patches have 14 or 16 pixels, windows 8 of 32.
+# A model may need a size that is a multiple of one of these: its patch, window or stride.
 STEPS = (1, 2, 4, 7, 8, 14, 16, 32, 64, 128, 256)
 T = TypeVar("T")
 

@@ -159,7 +159,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _absent(folder: Path) -> str:
-    """Why there is no card, and where one is that a killed process left beside it."""
+    """Says that the card is missing, and names one that a killed process left beside it."""
     text = (
         f"no checkpoint at {folder}; expected a folder with {CARD}, written by save_pretrained or "
         "`python -m bench run`"
